@@ -1,0 +1,1 @@
+"""What both wings agree on: addresses, bytes, checksums, configuration, messages. No I/O and no asyncio."""

@@ -1,0 +1,291 @@
+"""The messages between engines and the server: msgpack bodies of `POST /v1/...`, one request and one reply each.
+
+Every struct refuses unknown fields. Bulk values travel packed: tokens as little-endian int32, chain keys as 16 bytes
+each, one after the other. Chunks of a message are numbered from its first chunk; `position` is a chunk's number in
+its chain. Sizes are limited before decoding (`MAX_BODY_BYTES`) and after it (`MAX_CHUNKS`).
+"""
+
+from typing import TypeVar
+
+import msgspec
+
+from cachetier.core.errors import ProtocolError
+from cachetier.core.keys import ModelIdentity
+from cachetier.core.layout import KVLayout, Shard
+
+API_VERSION = 1
+MAX_CHUNKS = 1 << 16
+MAX_BODY_BYTES = 64 << 20
+
+# Where a chunk of a match lies, one byte a chunk in `MatchReply.tiers`.
+TIER_HOST = 1
+TIER_DISK = 2
+
+# What became of a chunk of a reserve, one byte a chunk in `ReserveReply.outcomes`.
+RESERVE_FILL = 0  # a frame is yours: fill it, then commit
+RESERVE_PRESENT = 1  # already held
+RESERVE_PENDING = 2  # another engine is storing it
+RESERVE_DROPPED = 3  # no room: everything is leased, or the tenant's quota is used up
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class OpenSession(Message):
+    """Introduce a process (a scheduler half, a worker half, a tool). Leases belong to its session.
+
+    Attributes:
+        client: what it is, for people: "scheduler", "worker 0", "warm".
+        engine: id that all processes of one engine share.
+        pid: process id, for people.
+    """
+
+    client: str
+    engine: str
+    pid: int
+
+
+class OpenSessionReply(Message):
+    """What a process needs to know about the server.
+
+    Attributes:
+        session: id to name in every later request.
+        instance: random id of this run of the server; another one means that all leases are gone.
+        version: version of the server's package.
+        chunk_tokens: tokens a chunk.
+        arena_path: file to map.
+        arena_bytes: its size.
+        lease_ttl_s: a lease that is not renewed or released for so long expires.
+    """
+
+    session: int
+    instance: str
+    version: str
+    chunk_tokens: int
+    arena_path: str
+    arena_bytes: int
+    lease_ttl_s: float
+
+
+class RegisterNamespace(Message):
+    """Make a model's namespace known: who it is and what its chunks look like."""
+
+    session: int
+    identity: ModelIdentity
+    layouts: list[KVLayout]
+
+
+class RegisterNamespaceReply(Message):
+    """The id by which later requests name the namespace."""
+
+    namespace: bytes
+
+
+class Match(Message):
+    """Ask how many leading chunks of a prompt are held, and lease them.
+
+    Attributes:
+        tokens: the prompt, little-endian int32.
+        extras: (chunk number, digest of the multimodal inputs in it) for chunks that have any.
+        salt: vLLM's cache_salt, or empty.
+        lease: False only asks: nothing is leased, promoted or counted.
+    """
+
+    session: int
+    namespace: bytes
+    tokens: bytes
+    salt: str = ""
+    extras: list[tuple[int, bytes]] = []
+    lease: bool = True
+
+
+class MatchReply(Message):
+    """What is held. Frames of chunks on disk are being filled: watch their state in the arena.
+
+    Attributes:
+        lease: id of the lease, 0 when nothing is held.
+        num_chunks: leading chunks held completely.
+        keys: chain keys of all complete chunks of the prompt, held or not.
+        tiers: one byte a held chunk, TIER_HOST or TIER_DISK.
+        tilings: the distinct ways in which the held chunks are cut into objects.
+        tiling_of: one byte a held chunk, an index into `tilings`.
+        frames: arena offsets of the objects, chunk by chunk in the order of its tiling.
+        checksums: their checksums, in the same order.
+        num_pending: how many chunks after the held ones are being stored now.
+    """
+
+    lease: int
+    num_chunks: int
+    keys: bytes
+    tiers: bytes
+    tilings: list[list[Shard]]
+    tiling_of: bytes
+    frames: list[int]
+    checksums: list[int]
+    num_pending: int
+
+
+class LeaseUse(Message):
+    """The end of a match's lease, and what it was good for.
+
+    Attributes:
+        lease: its id.
+        host_tokens: tokens that were loaded from chunks with TIER_HOST and used.
+        disk_tokens: the same for TIER_DISK.
+    """
+
+    lease: int
+    host_tokens: int = 0
+    disk_tokens: int = 0
+
+
+class Release(Message):
+    """Give leases back. Unknown (expired) leases are ignored."""
+
+    session: int
+    uses: list[LeaseUse]
+
+
+class Renew(Message):
+    """Extend leases by the server's lease time; also the sign of life of an idle session."""
+
+    session: int
+    leases: list[int]
+
+
+class RenewReply(Message):
+    """The leases that no longer exist; what they protected must not be used."""
+
+    expired: list[int]
+
+
+class Reserve(Message):
+    """Ask for frames to fill with consecutive new chunks of one shard.
+
+    Each rank of an engine reserves and commits its own shard; a chunk becomes visible when all shards of its tiling
+    are committed.
+
+    Attributes:
+        parent: chain key of the chunk before `tokens`, or empty: the chain starts here.
+        position: chunk number, in the chain, of the first chunk in `tokens`.
+        tokens: complete chunks, little-endian int32.
+        fill_from: chunks before this number only lead the chain to the ones to fill.
+        tiling: how this engine cuts chunks into objects.
+        shard: index of the caller's own part in `tiling`.
+    """
+
+    session: int
+    namespace: bytes
+    tokens: bytes
+    tiling: list[Shard]
+    shard: int
+    position: int = 0
+    parent: bytes = b""
+    fill_from: int = 0
+    salt: str = ""
+    extras: list[tuple[int, bytes]] = []
+    group: int = 0
+
+
+class ReserveReply(Message):
+    """Attributes:
+
+    lease: id of the lease on the frames, 0 when there is nothing to fill.
+    keys: chain keys of all chunks in the request.
+    outcomes: RESERVE_..., one byte for each chunk from `fill_from` on.
+    frames: arena offsets for the chunks with RESERVE_FILL, in order.
+    """
+
+    lease: int
+    keys: bytes
+    outcomes: bytes
+    frames: list[int]
+
+
+class Commit(Message):
+    """Say that frames of a reserve's lease are filled (page digests included); the lease ends.
+
+    Attributes:
+        checksums: one for each frame of the lease, in order; None: this one was not filled, drop its chunk.
+    """
+
+    session: int
+    lease: int
+    checksums: list[int | None]
+
+
+class CommitReply(Message):
+    """How many of the chunks count as stored by this commit or will once the other ranks committed."""
+
+    accepted: int
+
+
+class Invalidate(Message):
+    """Report chunks whose bytes did not match their checksum: they are dropped from every tier and counted."""
+
+    session: int
+    keys: bytes
+
+
+class Report(Message):
+    """Counters that only the engine's side knows, as differences since the last report.
+
+    Attributes:
+        stores_dropped: chunks that were not stored because storing would have queued for too long.
+        loads_failed: requests whose load failed or missed its deadline, and which were recomputed.
+    """
+
+    session: int
+    stores_dropped: int = 0
+    loads_failed: int = 0
+
+
+class Empty(Message):
+    """A reply that says nothing but that it was done."""
+
+
+REPLY_OF: dict[type[Message], type[Message]] = {
+    OpenSession: OpenSessionReply,
+    RegisterNamespace: RegisterNamespaceReply,
+    Match: MatchReply,
+    Release: Empty,
+    Renew: RenewReply,
+    Reserve: ReserveReply,
+    Commit: CommitReply,
+    Invalidate: Empty,
+    Report: Empty,
+}
+
+PATH_OF: dict[type[Message], str] = {
+    OpenSession: f"/v{API_VERSION}/session",
+    RegisterNamespace: f"/v{API_VERSION}/namespace",
+    Match: f"/v{API_VERSION}/match",
+    Release: f"/v{API_VERSION}/release",
+    Renew: f"/v{API_VERSION}/renew",
+    Reserve: f"/v{API_VERSION}/reserve",
+    Commit: f"/v{API_VERSION}/commit",
+    Invalidate: f"/v{API_VERSION}/invalidate",
+    Report: f"/v{API_VERSION}/report",
+}
+
+M = TypeVar("M", bound="Message")
+_encoder = msgspec.msgpack.Encoder()
+_decoders = {kind: msgspec.msgpack.Decoder(kind) for kind in {*REPLY_OF, *REPLY_OF.values()}}
+
+
+def encode(message: Message) -> bytes:
+    """Return the msgpack body of `message`."""
+    return _encoder.encode(message)
+
+
+def decode(kind: type[M], body: bytes) -> M:
+    """Return the message of `kind` in `body`.
+
+    Raises:
+        ProtocolError: the body is not such a message; the text says where it differs.
+    """
+    try:
+        return _decoders[kind].decode(body)  # type: ignore[return-value]
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"{kind.__name__}: {error}") from error
