@@ -101,7 +101,9 @@ class ConnectorConfig:
     chunk_tokens: int = setting(64, "private server: tokens a chunk")
     match_deadline_ms: float = setting(200.0, "how long a request may wait for the server's answer to its match")
     load_deadline_ms: float = setting(500.0, "how long a load may go without progress before it is given up")
-    staging_bytes: int = setting(256 * MIB, "memory for KV on its way to the tier; what does not fit is dropped", size=True)
+    staging_bytes: int = setting(
+        256 * MIB, "memory for KV on its way to the tier; what does not fit is dropped", size=True
+    )
 
     def __post_init__(self) -> None:
         if self.server and not self.server.startswith("unix:"):
@@ -168,7 +170,8 @@ def _convert(value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
 
 def _at_least(name: str, value: int, least: int, otherwise: str = "") -> None:
     if value < least:
-        raise ConfigError(f"{name} is {format_bytes(value)}; it must be at least {format_bytes(least)} {otherwise}".strip())
+        text = f"{name} is {format_bytes(value)}; it must be at least {format_bytes(least)} {otherwise}"
+        raise ConfigError(text.strip())
 
 
 def _power_of_two(name: str, value: int, least: int, most: int) -> None:

@@ -32,7 +32,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of all messages."""
 
 
-class OpenSession(Message):
+class OpenSession(Message, frozen=True):
     """Introduce a process (a scheduler half, a worker half, a tool). Leases belong to its session.
 
     Attributes:
@@ -46,7 +46,7 @@ class OpenSession(Message):
     pid: int
 
 
-class OpenSessionReply(Message):
+class OpenSessionReply(Message, frozen=True):
     """What a process needs to know about the server.
 
     Attributes:
@@ -68,7 +68,7 @@ class OpenSessionReply(Message):
     lease_ttl_s: float
 
 
-class RegisterNamespace(Message):
+class RegisterNamespace(Message, frozen=True):
     """Make a model's namespace known: who it is and what its chunks look like."""
 
     session: int
@@ -76,13 +76,13 @@ class RegisterNamespace(Message):
     layouts: list[KVLayout]
 
 
-class RegisterNamespaceReply(Message):
+class RegisterNamespaceReply(Message, frozen=True):
     """The id by which later requests name the namespace."""
 
     namespace: bytes
 
 
-class Match(Message):
+class Match(Message, frozen=True):
     """Ask how many leading chunks of a prompt are held, and lease them.
 
     Attributes:
@@ -100,7 +100,7 @@ class Match(Message):
     lease: bool = True
 
 
-class MatchReply(Message):
+class MatchReply(Message, frozen=True):
     """What is held. Frames of chunks on disk are being filled: watch their state in the arena.
 
     Attributes:
@@ -126,7 +126,7 @@ class MatchReply(Message):
     num_pending: int
 
 
-class LeaseUse(Message):
+class LeaseUse(Message, frozen=True):
     """The end of a match's lease, and what it was good for.
 
     Attributes:
@@ -140,27 +140,27 @@ class LeaseUse(Message):
     disk_tokens: int = 0
 
 
-class Release(Message):
+class Release(Message, frozen=True):
     """Give leases back. Unknown (expired) leases are ignored."""
 
     session: int
     uses: list[LeaseUse]
 
 
-class Renew(Message):
+class Renew(Message, frozen=True):
     """Extend leases by the server's lease time; also the sign of life of an idle session."""
 
     session: int
     leases: list[int]
 
 
-class RenewReply(Message):
+class RenewReply(Message, frozen=True):
     """The leases that no longer exist; what they protected must not be used."""
 
     expired: list[int]
 
 
-class Reserve(Message):
+class Reserve(Message, frozen=True):
     """Ask for frames to fill with consecutive new chunks of one shard.
 
     Each rank of an engine reserves and commits its own shard; a chunk becomes visible when all shards of its tiling
@@ -188,7 +188,7 @@ class Reserve(Message):
     group: int = 0
 
 
-class ReserveReply(Message):
+class ReserveReply(Message, frozen=True):
     """Attributes:
 
     lease: id of the lease on the frames, 0 when there is nothing to fill.
@@ -203,7 +203,7 @@ class ReserveReply(Message):
     frames: list[int]
 
 
-class Commit(Message):
+class Commit(Message, frozen=True):
     """Say that frames of a reserve's lease are filled (page digests included); the lease ends.
 
     Attributes:
@@ -215,20 +215,20 @@ class Commit(Message):
     checksums: list[int | None]
 
 
-class CommitReply(Message):
+class CommitReply(Message, frozen=True):
     """How many of the chunks count as stored by this commit or will once the other ranks committed."""
 
     accepted: int
 
 
-class Invalidate(Message):
+class Invalidate(Message, frozen=True):
     """Report chunks whose bytes did not match their checksum: they are dropped from every tier and counted."""
 
     session: int
     keys: bytes
 
 
-class Report(Message):
+class Report(Message, frozen=True):
     """Counters that only the engine's side knows, as differences since the last report.
 
     Attributes:
@@ -241,7 +241,7 @@ class Report(Message):
     loads_failed: int = 0
 
 
-class Empty(Message):
+class Empty(Message, frozen=True):
     """A reply that says nothing but that it was done."""
 
 
