@@ -1,0 +1,117 @@
+"""What the store counts, and how it is shown: `cachetier stats`, `/metrics` and the tests read this struct.
+
+Counters only grow while the server runs; gauges are taken when `Store.stats` is called. Salts and keys never appear.
+"""
+
+import msgspec
+
+
+class HitTokens(msgspec.Struct):
+    """Tokens that engines loaded and used, by the tier that held them at the match."""
+
+    host: int = 0
+    disk: int = 0
+
+
+class TokenCounts(msgspec.Struct):
+    """Counters of tokens.
+
+    Attributes:
+        queried: tokens in complete chunks of prompts that asked for a lease.
+        hit: tokens that were then loaded and used (reported with the release).
+        stored: tokens of chunks that became ready by a commit.
+    """
+
+    queried: int = 0
+    hit: HitTokens = msgspec.field(default_factory=HitTokens)
+    stored: int = 0
+
+
+class TierBytes(msgspec.Struct):
+    """Bytes that a tier uses and the most that it may use."""
+
+    used: int = 0
+    limit: int = 0
+
+
+class TierSizes(msgspec.Struct):
+    """Sizes of the tiers."""
+
+    host: TierBytes = msgspec.field(default_factory=TierBytes)
+    disk: TierBytes = msgspec.field(default_factory=TierBytes)
+
+
+class Counters(msgspec.Struct):
+    """Counters that only grow; owned by the store, guarded by its lock.
+
+    Attributes:
+        checksum_failures: chunks that a reader reported as damaged.
+        stores_dropped: chunks that were not stored: no room, quota used up, or given up by the engine.
+        loads_failed: requests that engines recomputed after a failed load.
+        host_evicted: chunks evicted from the host tier.
+        promoted: chunks read from disk into the arena.
+        promotions_failed: chunks whose reading failed.
+        promotions_skipped: chunks that nobody leased any more when their turn came.
+        flushed: chunks written to disk.
+        flushes_failed: chunks that the disk tier did not take.
+        flushes_dropped: chunks that stayed in host memory alone because the backlog was full.
+        leases_expired: leases that ended because nobody renewed or released them, or because their session died.
+    """
+
+    checksum_failures: int = 0
+    stores_dropped: int = 0
+    loads_failed: int = 0
+    host_evicted: int = 0
+    promoted: int = 0
+    promotions_failed: int = 0
+    promotions_skipped: int = 0
+    flushed: int = 0
+    flushes_failed: int = 0
+    flushes_dropped: int = 0
+    leases_expired: int = 0
+
+
+class Stats(msgspec.Struct):
+    """A snapshot; `msgspec.json.encode` gives the nested JSON of `cachetier stats --json`.
+
+    Attributes:
+        instance: random id of this run of the server.
+        uptime_s: since the store opened.
+        tokens: counters of tokens.
+        bytes: sizes of the tiers.
+        chunks: distinct chunks held, in any tier.
+        chunks_host: chunks ready in host memory.
+        chunks_durable: chunks on disk that survive a crash.
+        chunks_pending: chunks being stored.
+        leases: live leases.
+        sessions: open sessions.
+        namespaces: known models.
+        flush_backlog_bytes: bytes waiting to be written.
+        checksum_failures: see `Counters`, like all that follow.
+        disk: counters of the disk tier (write_errors, read_errors, dropped, carried, reclaimed_segments).
+    """
+
+    instance: str
+    uptime_s: float
+    tokens: TokenCounts
+    bytes: TierSizes
+    chunks: int
+    chunks_host: int
+    chunks_durable: int
+    chunks_pending: int
+    leases: int
+    sessions: int
+    namespaces: int
+    flush_backlog_bytes: int
+    checksum_failures: int
+    stores_dropped: int
+    loads_failed: int
+    host_evicted: int
+    promoted: int
+    promotions_failed: int
+    promotions_skipped: int
+    flushed: int
+    flushes_failed: int
+    flushes_dropped: int
+    leases_expired: int
+    disk: dict[str, int]
