@@ -1,0 +1,75 @@
+"""`cachetier stats`: what a running server holds and whether it helps."""
+
+import argparse
+import json
+import time
+from typing import Any
+
+from cachetier.client.client import Client
+from cachetier.core.config import ServerConfig
+from cachetier.core.messages import API_VERSION
+from cachetier.core.units import format_bytes
+
+TIMEOUT_S = 5.0
+WATCH_S = 1.0
+CLEAR_SCREEN = "\033[H\033[2J"
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add this command to the command line."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "stats", help="show what a running server holds and how often it was hit", description=__doc__
+    )
+    parser.add_argument(
+        "--socket", metavar="PATH", help="the server's socket (default that of the default data directory)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, one line a snapshot")
+    parser.add_argument("--watch", action="store_true", help="print again every second until interrupted")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the server's statistics; return 0.
+
+    Raises:
+        UnavailableError: no server answers at the socket.
+    """
+    client = Client((args.socket or ServerConfig().socket).removeprefix("unix:"))
+    while True:
+        stats = json.loads(client.get(f"/v{API_VERSION}/stats", TIMEOUT_S))
+        if args.json:
+            print(json.dumps(stats), flush=True)
+        else:
+            print((CLEAR_SCREEN if args.watch else "") + as_text(stats), flush=True)
+        if not args.watch:
+            return 0
+        time.sleep(WATCH_S)
+
+
+def as_text(stats: dict[str, Any]) -> str:
+    """Return the statistics for people."""
+    tokens = stats["tokens"]
+    queried = tokens["queried"]
+    hits = "  ".join(f"{tier} {_share(tokens['hit'][tier], queried)}" for tier in ("host", "disk"))
+    rows = [
+        ("tokens asked for", f"{queried:,}"),
+        ("of these loaded", hits),
+        ("tokens stored", f"{tokens['stored']:,}"),
+        *((f"{tier} used", _filled(stats["bytes"][tier])) for tier in ("host", "disk")),
+        ("chunks", f"{stats['chunks']:,}  in memory {stats['chunks_host']:,}  durable {stats['chunks_durable']:,}"),
+        ("leases", f"{stats['leases']:,} in {stats['sessions']:,} sessions"),
+        ("stores dropped", f"{stats['stores_dropped']:,}"),
+        ("loads failed", f"{stats['loads_failed']:,}"),
+        ("damaged chunks met", f"{stats['checksum_failures']:,}"),
+    ]
+    return "\n".join(f"{name:<20}{value}" for name, value in rows)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} ({100 * part / whole:.1f}%)" if whole else f"{part:,}"
+
+
+def _filled(tier: dict[str, int]) -> str:
+    if not tier["limit"]:
+        return "off"
+    return f"{format_bytes(tier['used'])} of {format_bytes(tier['limit'])} ({100 * tier['used'] / tier['limit']:.0f}%)"

@@ -1,0 +1,157 @@
+"""The HTTP application: messages in, store calls, replies out. Everything runs on the event loop's thread.
+
+Store calls are short and touch memory only, so they run right here; a thread hand-over would cost more than most of
+them. Requests are never logged with their bodies, which hold prompts and salts.
+"""
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from cachetier.core.errors import ProtocolError
+from cachetier.core.messages import (
+    API_VERSION,
+    MAX_BODY_BYTES,
+    PATH_OF,
+    Commit,
+    Invalidate,
+    Match,
+    Message,
+    OpenSession,
+    RegisterNamespace,
+    Release,
+    Renew,
+    Report,
+    Reserve,
+    decode,
+    encode,
+)
+from cachetier.service.metrics import Metrics
+from cachetier.service.sessions import WatchedSessions
+from cachetier.store.store import Store
+
+BODY_TYPES = ("application/msgpack", "application/x-msgpack")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """What the handlers share.
+
+    Attributes:
+        stopping: set when the server is about to end; open watches end with it.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.sessions = WatchedSessions(store)
+        self.metrics = Metrics(store.stats)
+        self.stopping = asyncio.Event()
+
+    def application(self, token: str = "") -> web.Application:
+        """Build the application; with a `token`, every request must carry it."""
+        middlewares = [_authorized(token), _errors_as_json] if token else [_errors_as_json]
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
+        store = self.store
+        calls: dict[type[Message], Callable[[Any], Message]] = {
+            OpenSession: store.open_session,
+            RegisterNamespace: store.register_namespace,
+            Match: store.match,
+            Release: store.release,
+            Renew: store.renew,
+            Reserve: store.reserve,
+            Commit: store.commit,
+            Invalidate: store.invalidate,
+            Report: store.report,
+        }
+        for kind, path in PATH_OF.items():
+            app.router.add_post(path, self._message_handler(kind, calls[kind]))
+        app.router.add_get(f"/v{API_VERSION}/session/{{session:[0-9]{{1,20}}}}/watch", self._watch)
+        app.router.add_get(f"/v{API_VERSION}/stats", self._stats)
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/metrics", self._metrics)
+        return app
+
+    def _message_handler(self, kind: type[Message], call: Callable[[Any], Message]) -> Handler:
+        observe = self.metrics.observer(kind.__name__)
+
+        async def handle(request: web.Request) -> web.Response:
+            if request.content_type not in BODY_TYPES:
+                raise ProtocolError(f"the body must be of type {BODY_TYPES[0]}", 415)
+            if (request.content_length or 0) > MAX_BODY_BYTES:
+                raise ProtocolError(f"the body may have {MAX_BODY_BYTES} bytes at most", 413)
+            body = await request.read()
+            start = time.perf_counter()
+            reply = encode(call(decode(kind, body)))
+            observe(time.perf_counter() - start)
+            return web.Response(body=reply, content_type=BODY_TYPES[0])
+
+        return handle
+
+    async def _watch(self, request: web.Request) -> web.StreamResponse:
+        session = int(request.match_info["session"])
+        self.sessions.watch(session)
+        try:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            await self.stopping.wait()  # cancelled when the connection drops
+            return response
+        finally:
+            self.sessions.end(session)
+
+    async def _stats(self, _: web.Request) -> web.Response:
+        return web.Response(body=msgspec.json.encode(self.store.stats()), content_type="application/json")
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        if self.stopping.is_set():
+            return web.json_response({"error": "the server is stopping"}, status=503)
+        return web.json_response({"status": "ready"})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.metrics.exposition(), headers={"Content-Type": self.metrics.content_type})
+
+
+def _authorized(token: str) -> Any:
+    expected = f"Bearer {token}".encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        if not hmac.compare_digest(given, expected):
+            return _error(401, "this port needs the header 'Authorization: Bearer TOKEN' with the server's token")
+        return await handler(request)
+
+    return check
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ProtocolError as error:
+        return _error(error.status, str(error))
+    except web.HTTPNotFound:
+        return _error(404, f"no such path; this server speaks version {API_VERSION}: /v{API_VERSION}/...")
+    except web.HTTPRequestEntityTooLarge:
+        return _error(413, f"the body may have {MAX_BODY_BYTES} bytes at most")
+    except web.HTTPException as error:
+        return _error(error.status, error.reason)
+    except Exception:  # the boundary: one request fails, the server lives
+        log.exception("%s %r failed", request.method, request.path)
+        return _error(500, "internal error; the server's log has more")
+
+
+def _error(status: int, text: str) -> web.Response:
+    return web.json_response({"error": text}, status=status)

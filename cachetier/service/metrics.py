@@ -1,0 +1,112 @@
+"""Prometheus metrics: the store's snapshot, and the latency of requests by kind. On the event loop's thread.
+
+One table says under which name each number of `Stats` appears; a test compares the table with the struct, so a new
+number cannot be forgotten. Names are in base units. Neither salts nor keys can get in: no label comes from a request.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from cachetier.store.stats import Stats
+
+LATENCY_BUCKETS_S = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.5)
+
+
+class Metric(NamedTuple):
+    """Where a number of `Stats` goes: the path to it, and its family (a name in _total is a counter) and label."""
+
+    path: str
+    name: str
+    help: str
+    label: tuple[str, str] | None = None
+
+
+METRICS = (
+    Metric("uptime_s", "cachetier_uptime_seconds", "Time since the store opened."),
+    Metric("tokens.queried", "cachetier_tokens_queried_total", "Tokens in complete chunks of matched prompts."),
+    Metric("tokens.hit.host", "cachetier_tokens_hit_total", "Tokens loaded and used.", ("tier", "host")),
+    Metric("tokens.hit.disk", "cachetier_tokens_hit_total", "Tokens loaded and used.", ("tier", "disk")),
+    Metric("tokens.stored", "cachetier_tokens_stored_total", "Tokens of chunks that became ready."),
+    Metric("bytes.host.used", "cachetier_tier_used_bytes", "Bytes that the tier uses.", ("tier", "host")),
+    Metric("bytes.disk.used", "cachetier_tier_used_bytes", "Bytes that the tier uses.", ("tier", "disk")),
+    Metric("bytes.host.limit", "cachetier_tier_limit_bytes", "Most bytes the tier may use.", ("tier", "host")),
+    Metric("bytes.disk.limit", "cachetier_tier_limit_bytes", "Most bytes the tier may use.", ("tier", "disk")),
+    Metric("chunks", "cachetier_chunks", "Distinct chunks held."),
+    Metric("chunks_host", "cachetier_chunks_host", "Chunks ready in host memory."),
+    Metric("chunks_durable", "cachetier_chunks_durable", "Chunks on disk that survive a crash."),
+    Metric("chunks_pending", "cachetier_chunks_pending", "Chunks being stored."),
+    Metric("leases", "cachetier_leases", "Live leases."),
+    Metric("sessions", "cachetier_sessions", "Open sessions."),
+    Metric("namespaces", "cachetier_namespaces", "Known models."),
+    Metric("flush_backlog_bytes", "cachetier_flush_backlog_bytes", "Bytes waiting to be written to disk."),
+    Metric("checksum_failures", "cachetier_checksum_failures_total", "Chunks that a reader found damaged."),
+    Metric("stores_dropped", "cachetier_stores_dropped_total", "Chunks that were not stored for want of room or time."),
+    Metric("loads_failed", "cachetier_loads_failed_total", "Requests recomputed after a failed load."),
+    Metric("host_evicted", "cachetier_host_evicted_total", "Chunks evicted from the host tier."),
+    Metric("promoted", "cachetier_promoted_total", "Chunks read from disk into host memory."),
+    Metric("promotions_failed", "cachetier_promotions_failed_total", "Chunks whose reading failed."),
+    Metric("promotions_skipped", "cachetier_promotions_skipped_total", "Chunks that nobody leased any more."),
+    Metric("flushed", "cachetier_flushed_total", "Chunks written to disk."),
+    Metric("flushes_failed", "cachetier_flushes_failed_total", "Chunks that the disk tier did not take."),
+    Metric("flushes_dropped", "cachetier_flushes_dropped_total", "Chunks not flushed because the backlog was full."),
+    Metric("leases_expired", "cachetier_leases_expired_total", "Leases that ended without being released."),
+)
+DISK_COUNTERS = "cachetier_disk_events_total"
+
+
+class Metrics:
+    """The registry behind `/metrics`."""
+
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self, snapshot: Callable[[], Stats]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_StatsCollector(snapshot))
+        ProcessCollector(namespace="cachetier", registry=self._registry)
+        self._latency = Histogram(
+            "cachetier_request_duration_seconds",
+            "Time to answer a message, from its last byte received to its reply made.",
+            ["request"],
+            registry=self._registry,
+            buckets=LATENCY_BUCKETS_S,
+        )
+
+    def observer(self, request: str) -> Callable[[float], None]:
+        """Return the function that records a latency in seconds of messages of kind `request`."""
+        return self._latency.labels(request).observe
+
+    def exposition(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _StatsCollector(Collector):
+    """Gives one snapshot, in which the numbers fit each other, per scrape."""
+
+    def __init__(self, snapshot: Callable[[], Stats]) -> None:
+        self._snapshot = snapshot
+
+    def describe(self) -> Iterator[Any]:
+        return iter(())  # the names are ours alone: no need to take a snapshot in order to register
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        values = msgspec.to_builtins(self._snapshot())
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for metric in METRICS:
+            value = values
+            for part in metric.path.split("."):
+                value = value[part]
+            if metric.name not in families:
+                kind = CounterMetricFamily if metric.name.endswith("_total") else GaugeMetricFamily
+                families[metric.name] = kind(metric.name, metric.help, labels=metric.label[:1] if metric.label else ())
+            families[metric.name].add_metric(metric.label[1:] if metric.label else (), value)
+        yield from families.values()
+        disk = CounterMetricFamily(DISK_COUNTERS, "What happened in the disk tier.", labels=("event",))
+        for event, count in values["disk"].items():
+            disk.add_metric((event,), count)
+        yield disk
