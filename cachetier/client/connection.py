@@ -132,8 +132,9 @@ class Connection:
 
 def has_hung_up(connection: socket.socket) -> bool:
     """Tell whether an idle `connection` is of no more use: closed by the peer, or with bytes nobody asked for."""
+    connection.setblocking(False)  # MSG_DONTWAIT would not do: Python itself waits out a socket's timeout
     try:
-        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        connection.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
         return False
     except OSError:
