@@ -101,7 +101,7 @@ def _interrupts(stop: Callable[[], None]) -> Iterator[None]:
 async def _warm(args: argparse.Namespace) -> int:
     check_inputs(args.inputs)
     tier = TierCounters(args.socket) if args.socket else None
-    async with Engine(args.url, concurrency=args.concurrency, max_tokens=args.max_tokens) as engine:
+    async with Engine(args.url, max_tokens=args.max_tokens) as engine:
         model = await engine.choose_model(args.model)
         if tier:
             await tier.start()

@@ -73,21 +73,20 @@ class Engine:
         num_retries: tries beyond the first, of all prompts.
     """
 
-    def __init__(self, url: str, *, concurrency: int, max_tokens: int, backoff: Backoff | None = None) -> None:
+    def __init__(self, url: str, *, max_tokens: int, backoff: Backoff | None = None) -> None:
         """`url` is http://HOST:PORT, with or without /v1."""
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"--url is {url!r}; write http://HOST:PORT")
         self.model = ""
         self.num_retries = 0
-        self._concurrency = concurrency
         self._max_tokens = max_tokens
         self._backoff = backoff or Backoff()
 
     async def __aenter__(self) -> "Engine":
         key = os.environ.get(API_KEY_VARIABLE)
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._concurrency),
+            connector=aiohttp.TCPConnector(limit=0),  # the number of workers is the limit
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=REPLY_TIMEOUT_S),
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )

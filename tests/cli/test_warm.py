@@ -214,7 +214,7 @@ class TestRetries:
         engine.replies = [503] * 3
 
         async def send() -> int:
-            async with Engine(engine.url, concurrency=1, max_tokens=1, backoff=Backoff(3, 0.01, 0.02)) as client:
+            async with Engine(engine.url, max_tokens=1, backoff=Backoff(3, 0.01, 0.02)) as client:
                 await client.choose_model(None)
                 with pytest.raises(UnavailableError, match=r"after 3 tries; the last: HTTP 503: busy"):
                     await client.send(Prompt("a", COMPLETIONS_PATH, {"prompt": "x"}))
@@ -384,4 +384,4 @@ def test_journals_of_different_runs_are_different(tmp_path: Path) -> None:
 
 def test_an_engine_needs_a_url_it_understands() -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
-        Engine("localhost:8000", concurrency=1, max_tokens=1)
+        Engine("localhost:8000", max_tokens=1)

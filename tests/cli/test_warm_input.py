@@ -68,11 +68,11 @@ def test_an_empty_prompt_is_no_failure(line: str) -> None:
 
 
 def test_a_folder_gives_its_texts_in_order_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.md", "c.py", "sub/d.txt", "sub/deeper/e.md", "x.jsonl"):
+    for name in ("b.txt", "a.md", "c.py", "sub/d.txt", "sub/deeper/e.md", "sub/again/f.md", "sub/zoo/g.md", "x.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     texts = [item.body["prompt"] for item in read_prompts([str(tmp_path)])]  # type: ignore[union-attr]
-    assert texts == ["a.md", "b.txt", "sub/d.txt", "sub/deeper/e.md"]
+    assert texts == ["a.md", "b.txt", "sub/d.txt", "sub/again/f.md", "sub/deeper/e.md", "sub/zoo/g.md"]
 
 
 def test_files_count_lines_skip_blank_ones_and_go_on_after_a_bad_one(tmp_path: Path) -> None:
