@@ -57,7 +57,6 @@ def unpack_header(data: bytes) -> ArenaGeometry:
     Raises:
         FormatError: `data` is no arena header.
     """
-    magic, *rest = _HEADER.unpack(data[: _HEADER.size])
-    if magic != MAGIC:
-        raise FormatError(f"not an arena: it starts with {magic!r}")
-    return ArenaGeometry(*rest)
+    if len(data) < _HEADER.size or not data.startswith(MAGIC):
+        raise FormatError(f"not an arena: it starts with {bytes(data[: len(MAGIC)])!r}")
+    return ArenaGeometry(*_HEADER.unpack(data[: _HEADER.size])[1:])

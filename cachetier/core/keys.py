@@ -99,6 +99,6 @@ def contents_of(tokens: bytes, chunk_tokens: int, extras: Mapping[int, bytes]) -
     step = chunk_tokens * TOKEN_BYTES
     contents = [tokens[start : start + step] for start in range(0, len(tokens) - step + 1, step)]
     for number, extra in extras.items():
-        if number < len(contents):
+        if 0 <= number < len(contents):
             contents[number] += extra
     return contents

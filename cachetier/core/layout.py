@@ -75,17 +75,22 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def check_tiling(self, tiling: list[Shard]) -> bool:
         """Tell whether `tiling` covers every head and layer exactly once."""
-        cells = [
+        num_cells = self.num_kv_heads * self.num_layers
+        is_inside = all(
+            0 <= s.head_start < s.head_end <= self.num_kv_heads and 0 <= s.layer_start < s.layer_end <= self.num_layers
+            for s in tiling
+        )
+        # Areas first: numbers from a hostile message must not decide how many cells are listed below.
+        areas = ((s.head_end - s.head_start) * (s.layer_end - s.layer_start) for s in tiling)
+        if not is_inside or sum(areas) != num_cells:
+            return False
+        cells = {
             (head, layer)
             for s in tiling
             for head in range(s.head_start, s.head_end)
             for layer in range(s.layer_start, s.layer_end)
-        ]
-        return len(cells) == len(set(cells)) == self.num_kv_heads * self.num_layers and all(
-            0 <= s.head_start < s.head_end <= self.num_kv_heads
-            and 0 <= s.layer_start < s.layer_end <= self.num_layers
-            for s in tiling
-        )
+        }
+        return len(cells) == num_cells
 
     def pieces(self, stored: Shard, wanted: Shard, chunk_tokens: int) -> list[Piece]:
         """Return the byte ranges of object `stored` that belong to `wanted`, as few and as long as possible.

@@ -1,6 +1,7 @@
 """Sizes as people write them."""
 
 import re
+from decimal import Decimal
 
 from cachetier.core.errors import ConfigError
 
@@ -22,7 +23,7 @@ def parse_bytes(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     if not match or match[2] not in _UNITS:
         raise ConfigError(f"{text!r} is not a size; write for example 512MiB, 4GiB or 1500000000")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(Decimal(match[1]) * _UNITS[match[2]])
 
 
 def format_bytes(count: float) -> str:
