@@ -1,0 +1,161 @@
+"""`CachetierConnector`: what vLLM makes once in the scheduler and once in every worker; two halves do the work."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+
+from cachetier.client import ServerHandle, ensure_server
+from cachetier.core.config import ConnectorConfig
+from cachetier_connector.facts import read_facts, read_identity, recompute_failed_loads
+from cachetier_connector.plan import StepPlan
+from cachetier_connector.scheduler_half import SchedulerHalf
+from cachetier_connector.worker_half import WorkerHalf
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """The plan of one step, as vLLM carries it to the workers."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self.plan = plan
+
+
+class PrivateServer:
+    """The server of an engine that was told of none; started, or started again, when it is asked for."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        self._config = config
+        self._handle: ServerHandle | None = None
+
+    def find_socket(self) -> str:
+        """Return the path of a live server's socket. Blocks while it starts.
+
+        Raises:
+            UnavailableError: it does not start; the text says why.
+        """
+        self._handle = ensure_server(self._config)
+        return self._handle.socket_path
+
+    def stop(self) -> None:
+        """Stop it if it is this engine's child."""
+        if self._handle is not None:
+            self._handle.stop()
+
+
+class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """vLLM's view of cachetier. See `SchedulerHalf` and `WorkerHalf` for what happens.
+
+    It does not declare `SupportsHMA`: vLLM then keeps the KV of sliding-window layers of mixed models for all tokens,
+    which is what lets cachetier serve them exactly.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
+        """Read the engine's configuration and, in the scheduler, connect to the server.
+
+        Raises:
+            ConfigError: a setting is wrong, or the model cannot be served exactly; the text says what to do.
+            UnavailableError: no `server` is configured and the private one does not start.
+        """
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._facts = read_facts(vllm_config, kv_cache_config)
+        self._private_server = PrivateServer(self._facts.config)
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        recompute_failed_loads(vllm_config)
+        if role == KVConnectorRole.SCHEDULER:
+            identity = read_identity(vllm_config, kv_cache_config, self._facts)
+            self._scheduler = SchedulerHalf(self._facts, identity, self._private_server.find_socket)
+
+    # Scheduler half.
+
+    def on_new_request(self, request: "Request") -> None:
+        self._scheduling.on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self._scheduling.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        self._scheduling.update_state_after_alloc(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> StepMetadata:
+        return StepMetadata(self._scheduling.build_plan(scheduler_output))
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        self._scheduling.update_from_workers(
+            connector_output.finished_recving or (), connector_output.invalid_block_ids or set()
+        )
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._scheduling.request_finished(request)
+        return False, None
+
+    def reset_cache(self) -> bool | None:
+        self._scheduling.reset()
+        return True
+
+    # Worker half.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._worker = WorkerHalf(self._facts, self._vllm_config, kv_caches)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        assert isinstance(kv_connector_metadata, StepMetadata)
+        self._working.before_forward(kv_connector_metadata.plan)
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        self._working.start_loads(self._plan)
+
+    def wait_for_save(self) -> None:
+        self._working.after_forward(self._plan)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, self._working.take_finished_loads()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._working.take_bad_blocks()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: loads are asynchronous, and a request waits for its own outside of the forward pass."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: "AttentionMetadata", **kwargs: Any
+    ) -> None:
+        """Nothing: chunks are gathered once all layers of a step are computed."""
+
+    # Both halves.
+
+    def shutdown(self) -> None:
+        stops: list[Callable[[], None]] = [half.stop for half in (self._worker, self._scheduler) if half is not None]
+        for stop in [*stops, self._private_server.stop]:
+            stop()
+
+    @property
+    def _scheduling(self) -> SchedulerHalf:
+        assert self._scheduler is not None, "called in a worker"
+        return self._scheduler
+
+    @property
+    def _working(self) -> WorkerHalf:
+        assert self._worker is not None, "called in the scheduler, or before the KV caches were registered"
+        return self._worker
+
+    @property
+    def _plan(self) -> StepPlan:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepMetadata)
+        return metadata.plan

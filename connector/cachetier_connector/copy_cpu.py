@@ -1,0 +1,175 @@
+"""The copy engine of vLLM's CPU backend.
+
+Its attention kernels pack the K rows of a block, and some the V rows, in an order that depends on the instruction set
+(AVX: K transposed; AMX: both in pairs). The packing is learnt at start-up, by having vLLM write blocks whose values
+name their place, so that no kernel's layout is built in here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from cachetier.core.errors import ConfigError
+from cachetier_connector.copy_base import CopyEngine
+
+# Has the backend write K and V rows, both `[block_tokens, 1, head_size]` in the model's dtype, into one zeroed block
+# and returns it: `[1, 1, block_tokens, 2 * head_size]` in the KV cache's dtype.
+WriteBlock = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a view of `tensor` whose elements are integers of the same size, which copies never round."""
+    return tensor.view(_INTEGER_OF_SIZE[tensor.element_size()])
+
+
+def learn_packing(
+    write_block: WriteBlock, block_tokens: int, head_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where the backend puts each element of a block's K rows and of its V rows.
+
+    Writes one block for each binary digit of the elements' numbers: zero and non-zero survive any conversion.
+
+    Returns:
+        Two int64 `[block_tokens, head_size]`: offsets in elements from the start of a block's (one head's) K half, and
+        from the start of its V half.
+
+    Raises:
+        ConfigError: the backend does something else than reorder rows within each half.
+    """
+    numbers = torch.arange(block_tokens * head_size)
+    found = torch.zeros(2, numbers.numel(), dtype=torch.int64)
+    for digit in range(int(numbers[-1]).bit_length()):
+        rows = (numbers >> digit & 1).view(block_tokens, 1, head_size).to(dtype)
+        halves = as_integers(write_block(rows, rows.clone())).reshape(2, -1)
+        found += (halves != 0).to(torch.int64) << digit
+    if not all(torch.equal(half.sort().values, numbers) for half in found):
+        raise ConfigError("vLLM's CPU attention does not just reorder K and V rows; cachetier cannot serve it")
+    keys, values = found.argsort(dim=1).view(2, block_tokens, head_size)
+    return keys, values
+
+
+class _Rows:
+    """The K (or V) rows of one layer's paged blocks, addressed by block and token whatever their packing."""
+
+    def __init__(self, cache: torch.Tensor, half: int, offsets: torch.Tensor) -> None:
+        """Wrap half 0 (K) or 1 (V) of `cache`, integers `[blocks, heads, block_tokens, 2 * head_size]`."""
+        num_blocks, num_heads, block_tokens, width = cache.shape
+        flat = cache.view(num_blocks, num_heads, 2, block_tokens * width // 2)[:, :, half]
+        token_step, element_step = int(offsets[1, 0]), int(offsets[0, 1])
+        tokens, elements = torch.arange(block_tokens)[:, None], torch.arange(width // 2)[None]
+        self._offsets: torch.Tensor | None = None
+        if torch.equal(offsets, tokens * token_step + elements * element_step):
+            self._rows = flat.as_strided(
+                (num_blocks, num_heads, block_tokens, width // 2),
+                (flat.stride(0), flat.stride(1), token_step, element_step),
+            )
+        else:
+            self._rows, self._offsets = flat, offsets
+
+    def read(self, piece: "_Piece", into: torch.Tensor) -> None:
+        """Copy the rows of `piece` to `into`, `[heads, tokens, head_size]`."""
+        block, start, end = piece.block, piece.slot, piece.slot + piece.num_tokens
+        if self._offsets is None:
+            into.copy_(self._rows[block, :, start:end])
+        else:
+            into.copy_(self._rows[block][:, self._offsets[start:end]])
+
+    def write(self, piece: "_Piece", rows: torch.Tensor) -> None:
+        """Copy `rows`, `[heads, tokens, head_size]`, to the slots of `piece`."""
+        block, start, end = piece.block, piece.slot, piece.slot + piece.num_tokens
+        if self._offsets is None:
+            self._rows[block, :, start:end] = rows
+        else:
+            self._rows[block][:, self._offsets[start:end]] = rows
+
+
+class _Piece(NamedTuple):
+    """Tokens that lie in one block and in one chunk."""
+
+    block: int
+    slot: int
+    chunk: int
+    token: int
+    num_tokens: int
+
+
+def _pieces(
+    block_ids: Sequence[int], block_tokens: int, first_token: int, chunk_tokens: int, skip_tokens: int, num_tokens: int
+) -> list[_Piece]:
+    """Cut tokens at the borders of blocks (counted from `first_token`) and of chunks (counted from `skip_tokens`)."""
+    pieces, done = [], 0
+    while done < num_tokens:
+        block, slot = divmod(first_token + done, block_tokens)
+        chunk, token = divmod(skip_tokens + done, chunk_tokens)
+        length = min(block_tokens - slot, chunk_tokens - token, num_tokens - done)
+        pieces.append(_Piece(block_ids[block], slot, chunk, token, length))
+        done += length
+    return pieces
+
+
+class CpuCopyEngine(CopyEngine):
+    """Gathers and scatters with strided copies, which release the interpreter's lock while they copy."""
+
+    def __init__(self, caches: Sequence[torch.Tensor], packing: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Serve the paged blocks of one rank.
+
+        Args:
+            caches: of each layer, in order, `[blocks, heads, block_tokens, K | V]` in the KV cache's dtype.
+            packing: of K and of V rows, from `learn_packing`.
+        """
+        integers = [as_integers(cache) for cache in caches]
+        self._layers = [
+            tuple(_Rows(cache, half, offsets) for half, offsets in enumerate(packing)) for cache in integers
+        ]
+        self._dtype = integers[0].dtype
+        num_heads, block_tokens, width = integers[0].shape[1:]
+        self._num_heads: int = int(num_heads)
+        self._block_tokens: int = int(block_tokens)
+        self._head_size = width // 2
+        self._row_bytes: int = int(width) * integers[0].element_size()
+
+    @property
+    def row_bytes(self) -> int:
+        return self._row_bytes
+
+    @property
+    def block_tokens(self) -> int:
+        return self._block_tokens
+
+    def shard_bytes(self, chunk_tokens: int) -> int:
+        return self._num_heads * len(self._layers) * chunk_tokens * self._row_bytes
+
+    def gather(self, block_ids: Sequence[int], first_token: int, num_chunks: int, chunk_tokens: int) -> torch.Tensor:
+        shards = torch.empty(num_chunks, self.shard_bytes(chunk_tokens), dtype=torch.uint8)
+        rows = self._as_rows(shards, chunk_tokens)
+        for piece in _pieces(block_ids, self._block_tokens, first_token, chunk_tokens, 0, num_chunks * chunk_tokens):
+            part = rows[piece.chunk, :, :, piece.token : piece.token + piece.num_tokens]
+            for layer, halves in enumerate(self._layers):
+                for half, paged in enumerate(halves):
+                    paged.read(piece, part[:, layer, :, half])
+        return shards
+
+    def scatter(
+        self,
+        shards: torch.Tensor,
+        chunk_tokens: int,
+        skip_tokens: int,
+        block_ids: Sequence[int],
+        first_token: int,
+        num_tokens: int,
+    ) -> None:
+        rows = self._as_rows(shards, chunk_tokens)
+        for piece in _pieces(block_ids, self._block_tokens, first_token, chunk_tokens, skip_tokens, num_tokens):
+            part = rows[piece.chunk, :, :, piece.token : piece.token + piece.num_tokens]
+            for layer, halves in enumerate(self._layers):
+                for half, paged in enumerate(halves):
+                    paged.write(piece, part[:, layer, :, half])
+
+    def _as_rows(self, shards: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
+        """Return a view of `shards`: `[chunks, heads, layers, tokens, 2, head_size]`, integers."""
+        return shards.view(self._dtype).view(
+            shards.shape[0], self._num_heads, len(self._layers), chunk_tokens, 2, self._head_size
+        )

@@ -1,0 +1,180 @@
+"""The scheduler half's link thread: matches, releases and renewals, so that vLLM's scheduler never waits for them.
+
+Locking design: jobs travel through one bounded queue. A `MatchTicket` is written by this thread until it sets
+`is_done`, and only read by the scheduler's thread after that; the flags `is_abandoned` and `is_released` are decided
+under `_ticket_lock`, so that exactly one side gives a lease back.
+"""
+
+import logging
+import queue
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from cachetier.core.keys import ModelIdentity
+from cachetier.core.layout import KVLayout
+from cachetier.core.messages import LeaseUse, Match, Release, Renew, Report
+from cachetier_connector.facts import adapter_of, inputs_of
+from cachetier_connector.fingerprint import fingerprint_folder
+from cachetier_connector.link import ServerLink
+from cachetier_connector.plan import extras_of
+from cachetier_connector.requests import MatchTicket, TrackedRequest
+
+MAX_JOBS = 4096
+IDLE_S = 0.1
+RELEASE_TIMEOUT_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Matcher:
+    """Carries out the scheduler half's conversation with the server on a thread of its own."""
+
+    def __init__(self, link: ServerLink, identity: ModelIdentity, layout: KVLayout, max_blocking_s: float) -> None:
+        """Start the thread.
+
+        Args:
+            link: used by the thread alone from now on.
+            identity: of the model without an adapter.
+            layout: of its KV cache group.
+            max_blocking_s: how long a match may take before the server counts as dead.
+        """
+        self._link, self._identity, self._layout = link, identity, layout
+        self._max_blocking_s = max_blocking_s
+        self._jobs: queue.Queue[Callable[[], object]] = queue.Queue(MAX_JOBS)
+        self._ticket_lock = threading.Lock()
+        self._leased: dict[int, MatchTicket] = {}
+        self._adapters: dict[tuple[str, str], ModelIdentity | None] = {}
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="cachetier-matcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the server answers."""
+        return self._link.is_up
+
+    def match(self, tracked: TrackedRequest) -> MatchTicket:
+        """Start a match of all tokens that `tracked` has now. Never blocks; done at once when the server is dead."""
+        ticket = MatchTicket()
+        if not (self._link.is_up and self._submit(lambda: self._match(tracked, ticket))):
+            ticket.is_done = True
+        return ticket
+
+    def release(self, ticket: MatchTicket, host_tokens: int = 0, disk_tokens: int = 0) -> None:
+        """Give back what `ticket` holds or will hold, saying how much of it was used. Never blocks; idempotent."""
+        with self._ticket_lock:
+            ticket.is_abandoned = True
+            if ticket.reply is None or ticket.is_released:
+                return
+            ticket.is_released = True
+        if lease := ticket.reply.lease:
+            use = LeaseUse(lease=lease, host_tokens=host_tokens, disk_tokens=disk_tokens)
+            self._submit(lambda: self._release(ticket, use))
+
+    def report_failed_load(self) -> None:
+        """Count a load that did not bring all it promised."""
+        self._submit(self._report_failed_load)
+
+    def start_generation(self, generation: int) -> None:
+        """From now on, matches belong to weights of another generation."""
+        self._identity = msgspec.structs.replace(self._identity, generation=generation)
+        self._adapters = {}
+
+    def stop(self) -> None:
+        """Carry out what is queued, close the session and end the thread."""
+        self._is_stopping = True
+        self._thread.join(RELEASE_TIMEOUT_S + self._max_blocking_s)
+
+    def _submit(self, job: Callable[[], object]) -> bool:
+        try:
+            self._jobs.put_nowait(job)
+            return True
+        except queue.Full:  # a lease that is not given back expires
+            return False
+
+    def _run(self) -> None:
+        next_renewal_s = 0.0
+        while True:
+            try:
+                job = self._jobs.get(timeout=IDLE_S)
+            except queue.Empty:
+                if self._is_stopping:
+                    break
+                job = self._link.probe
+            try:
+                job()
+                if (now := time.monotonic()) >= next_renewal_s and self._link.server:
+                    next_renewal_s = now + self._link.server.lease_ttl_s / 3
+                    self._renew()
+            except Exception:
+                log.exception("cachetier: a job of the matcher failed")
+        self._link.close()
+
+    def _match(self, tracked: TrackedRequest, ticket: MatchTicket) -> None:
+        try:
+            server, request = self._link.server, tracked.request
+            identity = self._identity_for(adapter_of(request))
+            if server is None or identity is None:
+                return
+            namespace = self._link.namespace(identity, [self._layout], self._max_blocking_s)
+            if namespace is None:
+                return
+            ticket.extras = extras_of(inputs_of(request), server.chunk_tokens)
+            tokens = (array("i", request.prompt_token_ids) + array("i", list(request.output_token_ids))).tobytes()
+            reply = self._link.call(
+                lambda session: Match(
+                    session=session,
+                    namespace=namespace,
+                    tokens=tokens,
+                    salt=request.cache_salt or "",
+                    extras=ticket.extras,
+                    lease=tracked.may_load and not ticket.is_abandoned,
+                ),
+                self._max_blocking_s,
+            )
+            with self._ticket_lock:
+                ticket.namespace, ticket.tokens, ticket.chunk_tokens = namespace, tokens, server.chunk_tokens
+                ticket.arena_path, ticket.instance = server.arena_path, server.instance
+                ticket.reply = reply
+            if reply is not None and reply.lease:
+                self._leased[reply.lease] = ticket
+        finally:
+            ticket.is_done = True
+            if ticket.is_abandoned:
+                self.release(ticket)
+
+    def _identity_for(self, adapter: tuple[str, str] | None) -> ModelIdentity | None:
+        if adapter is None:
+            return self._identity
+        if adapter not in self._adapters:
+            name, path = adapter
+            try:
+                text = f"{name}|{fingerprint_folder(Path(path))}"
+                self._adapters[adapter] = msgspec.structs.replace(self._identity, adapter=text)
+            except OSError as error:
+                log.warning("cachetier: requests with adapter %s are not cached: cannot read %s: %s", name, path, error)
+                self._adapters[adapter] = None
+        return self._adapters[adapter]
+
+    def _release(self, ticket: MatchTicket, use: LeaseUse) -> None:
+        if self._link.server is None or self._link.server.instance != ticket.instance:
+            return  # that server is gone, and its leases with it
+        self._leased.pop(use.lease, None)
+        self._link.call(lambda session: Release(session=session, uses=[use]), RELEASE_TIMEOUT_S)
+
+    def _report_failed_load(self) -> None:
+        self._link.call(lambda session: Report(session=session, loads_failed=1), RELEASE_TIMEOUT_S)
+
+    def _renew(self) -> None:
+        if not self._leased:
+            return
+        leases = list(self._leased)
+        reply = self._link.call(lambda session: Renew(session=session, leases=leases), RELEASE_TIMEOUT_S)
+        for lease in reply.expired if reply is not None else leases:
+            with self._ticket_lock:
+                self._leased.pop(lease).is_released = True

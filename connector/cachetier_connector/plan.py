@@ -1,0 +1,173 @@
+"""What to load and what to store: pure functions and values, without vllm, torch, threads or I/O.
+
+The scheduler half makes a `StepPlan` in every step; vLLM carries it to the workers, which carry it out. Token ranges
+are half-open and count from the start of the prompt; chunk numbers are positions in the chain.
+"""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+import xxhash
+
+from cachetier.core.keys import TOKEN_BYTES
+from cachetier.core.layout import Shard
+from cachetier.core.messages import MatchReply
+
+
+class ChunkSource(msgspec.Struct, frozen=True, array_like=True):
+    """Where one chunk to load lies: its key, and arena offsets and checksums of its objects in tiling order."""
+
+    key: bytes
+    tiling: int
+    frames: list[int]
+    checksums: list[int]
+
+
+class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
+    """Fill the paged blocks of one request with tokens `[start, end)`.
+
+    Attributes:
+        request_id: vLLM's id.
+        start, end: tokens to write.
+        chunk_tokens: tokens a chunk.
+        first_chunk: position of `chunks[0]`; the chunks cover `[start, end)`.
+        chunks: where they lie.
+        tilings: the tilings that `chunks` refer to.
+        block_ids: the request's block table from its first block on.
+        arena_path, instance: the arena that the frames lie in.
+    """
+
+    request_id: str
+    start: int
+    end: int
+    chunk_tokens: int
+    first_chunk: int
+    chunks: list[ChunkSource]
+    tilings: list[list[Shard]]
+    block_ids: list[int]
+    arena_path: str
+    instance: str
+
+
+class StoreOp(msgspec.Struct, frozen=True, kw_only=True):
+    """Copy consecutive complete chunks of one request out of the paged blocks.
+
+    Attributes:
+        request_id: vLLM's id; the worker continues the chain of an earlier op with the same id.
+        namespace, salt, extras: as in `Reserve`; the numbers in `extras` count from the first chunk of the op.
+        parent: key of the chunk before, or empty: the chain starts here; None: continue this request's chain.
+        chunk_tokens: tokens a chunk.
+        position: chunk number of the first chunk.
+        tokens: complete chunks, little-endian int32.
+        block_ids: blocks that hold the tokens, from the one with the first token on.
+    """
+
+    request_id: str
+    namespace: bytes
+    salt: str
+    parent: bytes | None
+    chunk_tokens: int
+    position: int
+    tokens: bytes
+    extras: list[tuple[int, bytes]]
+    block_ids: list[int]
+
+
+class StepPlan(msgspec.Struct, kw_only=True):
+    """What the workers do in one step.
+
+    Attributes:
+        socket_path: the server's socket, empty while there is none.
+        stores_before: from blocks that vLLM has already taken back: before the step's forward pass overwrites them.
+        stores_after: from blocks that this step's forward pass completes.
+        loads: started after the forward pass, in the background.
+        finished: requests whose chains are no longer needed.
+    """
+
+    socket_path: str = ""
+    stores_before: list[StoreOp] = []
+    stores_after: list[StoreOp] = []
+    loads: list[LoadOp] = []
+    finished: list[str] = []
+
+
+def tokens_to_bytes(tokens: Iterable[int]) -> bytes:
+    """Return `tokens` as little-endian int32 (the byte order of every machine that vLLM runs on)."""
+    packed = array("i", tokens)
+    assert packed.itemsize == TOKEN_BYTES
+    return packed.tobytes()
+
+
+def loadable_end(num_held_chunks: int, chunk_tokens: int, num_tokens: int) -> int:
+    """Return up to which token a hit can be loaded: never the last token, whose logits the engine must compute."""
+    return max(0, min(num_held_chunks * chunk_tokens, num_tokens - 1))
+
+
+def chunks_to_load(reply: MatchReply, start: int, end: int, chunk_tokens: int) -> tuple[int, list[ChunkSource]]:
+    """Return the position of the first chunk that tokens `[start, end)` touch, and where these chunks lie."""
+    first, last = start // chunk_tokens, -(-end // chunk_tokens)
+    sizes = [len(tiling) for tiling in reply.tilings]
+    offset, sources = 0, []
+    for position in range(last):
+        tiling = reply.tiling_of[position]
+        until = offset + sizes[tiling]
+        if position >= first:
+            key = reply.keys[position * 16 : position * 16 + 16]
+            sources.append(ChunkSource(key, tiling, reply.frames[offset:until], reply.checksums[offset:until]))
+        offset = until
+    return first, sources
+
+
+def split_by_tier(reply: MatchReply, start: int, end: int, chunk_tokens: int) -> dict[int, int]:
+    """Return how many of the tokens `[start, end)` come from which tier."""
+    counts: dict[int, int] = {}
+    for position in range(start // chunk_tokens, -(-end // chunk_tokens)):
+        from_token, to_token = max(start, position * chunk_tokens), min(end, (position + 1) * chunk_tokens)
+        tier = reply.tiers[position]
+        counts[tier] = counts.get(tier, 0) + to_token - from_token
+    return counts
+
+
+def first_failed_token(block_ids: Sequence[int], bad_blocks: set[int], block_tokens: int) -> int | None:
+    """Return the token at which the first of `bad_blocks` in the block table starts, or None if none is in it."""
+    return next((index * block_tokens for index, block in enumerate(block_ids) if block in bad_blocks), None)
+
+
+def extras_of(inputs: Iterable[tuple[str, int, int]], chunk_tokens: int) -> list[tuple[int, bytes]]:
+    """Return the multimodal digests of the chunks that hold placeholders.
+
+    Args:
+        inputs: (hash of the input, first placeholder token, number of placeholder tokens) of every input.
+        chunk_tokens: tokens a chunk.
+
+    Returns:
+        (chunk number, digest of every input in it and of where it stands in it), ascending.
+    """
+    hashers: dict[int, Any] = {}
+    for digest, offset, length in sorted(inputs, key=lambda item: item[1]):
+        for chunk in range(offset // chunk_tokens, -(-(offset + length) // chunk_tokens)):
+            hasher = hashers.setdefault(chunk, xxhash.xxh3_128())
+            hasher.update(f"{digest}@{offset - chunk * chunk_tokens}+{length};".encode())
+    return [(chunk, hashers[chunk].digest()) for chunk in sorted(hashers)]
+
+
+def tiling_for(num_layers: int, num_kv_heads: int, num_tp: int, layer_ranges: Sequence[tuple[int, int]]) -> list[Shard]:
+    """Return how an engine with `num_tp` tensor-parallel ranks cuts a chunk, pipeline stage by pipeline stage.
+
+    Where there are more ranks than heads, several ranks hold the same head and share one shard.
+    """
+    assert layer_ranges[-1][1] == num_layers
+    num_shards = min(num_tp, num_kv_heads)
+    heads = num_kv_heads // num_shards
+    return [
+        Shard(part * heads, (part + 1) * heads, first, end) for first, end in layer_ranges for part in range(num_shards)
+    ]
+
+
+def shard_of_rank(num_kv_heads: int, num_tp: int, tp_rank: int, pp_rank: int) -> tuple[int, bool]:
+    """Return which shard of the engine's tiling a rank holds, and whether it is the rank that stores it."""
+    num_shards = min(num_tp, num_kv_heads)
+    replicas = num_tp // num_shards
+    return pp_rank * num_shards + tp_rank // replicas, tp_rank % replicas == 0

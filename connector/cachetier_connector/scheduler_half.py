@@ -1,0 +1,265 @@
+"""The half of the connector that lives in vLLM's scheduler: decides what each request loads and stores.
+
+Everything here runs on the scheduler's thread and never waits: conversation with the server is the `Matcher`'s. A
+request is matched when it arrives; a chunk is handed to the workers as soon as its tokens are known and the steps
+scheduled so far compute its KV, decoded tokens included; a chunk that is complete when its request ends is copied at
+the start of the next step, before a forward pass can overwrite the blocks that vLLM has taken back.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from cachetier.core.keys import KEY_BYTES, TOKEN_BYTES, ModelIdentity
+from cachetier.core.messages import TIER_DISK, TIER_HOST
+from cachetier_connector.facts import EngineFacts, may_read
+from cachetier_connector.link import ServerLink
+from cachetier_connector.matcher import Matcher
+from cachetier_connector.plan import (
+    LoadOp,
+    StepPlan,
+    StoreOp,
+    chunks_to_load,
+    first_failed_token,
+    loadable_end,
+    split_by_tier,
+    tokens_to_bytes,
+)
+from cachetier_connector.requests import TrackedRequest, wishes_of
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+MAX_CHUNKS_PER_OP = 256
+
+log = logging.getLogger(__name__)
+
+
+class SchedulerHalf:
+    """Decides; the workers do."""
+
+    def __init__(self, facts: EngineFacts, identity: ModelIdentity, find_socket: Callable[[], str]) -> None:
+        """Start the conversation with the server.
+
+        Args:
+            facts: of the engine.
+            identity: of its model.
+            find_socket: returns the path of the server's socket; may start a server, and raises if that fails.
+        """
+        self._facts = facts
+        self._requests: dict[str, TrackedRequest] = {}
+        self._plan = StepPlan()
+        self._socket_path = ""
+
+        def find_and_remember() -> str:
+            self._socket_path = find_socket()
+            return self._socket_path
+
+        self._link = ServerLink("scheduler", facts.engine, find_and_remember)
+        self._connect()
+        self._matcher = Matcher(self._link, identity, facts.layout, facts.config.match_deadline_ms / 1000)
+
+    def _connect(self) -> None:
+        if not self._facts.config.server:
+            self._link.connect()  # a private server that does not start is an error at start-up
+        elif not self._link.probe():
+            log.warning("cachetier: nothing is cached until there is a server at %s", self._facts.config.server)
+
+    # Called by vLLM, in the order of a request's life.
+
+    def on_new_request(self, request: "Request") -> None:
+        """Start to match a request that has just arrived."""
+        if request.prompt_token_ids is None:  # prompt embeddings have no tokens to address
+            return
+        load, store, complaint = wishes_of(request.kv_transfer_params)
+        if complaint:
+            log.warning("cachetier: request %s: %s", request.request_id, complaint)
+        tracked = TrackedRequest(
+            request=request,
+            may_load=load and self._facts.loads and may_read(request),
+            may_store=store and self._facts.stores,
+        )
+        if tracked.may_load or tracked.may_store:
+            self._requests[tracked.id] = tracked
+            tracked.ticket = self._matcher.match(tracked)
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Return how many tokens beyond `num_computed_tokens` can be loaded, None: ask again later."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or not tracked.may_load:
+            return 0, False
+        if tracked.ticket is None or tracked.ticket.is_released:
+            tracked.ticket = self._matcher.match(tracked)
+        ticket = tracked.ticket
+        if not ticket.is_done:
+            if time.monotonic() - ticket.since_s < self._facts.config.match_deadline_ms / 1000:
+                return None, False
+            self._matcher.release(ticket)
+            tracked.may_load = False
+            return 0, False
+        if ticket.reply is None or not ticket.reply.lease:
+            return 0, False
+        end = loadable_end(ticket.reply.num_chunks, ticket.chunk_tokens, request.num_tokens)
+        return (end - num_computed_tokens, True) if end > num_computed_tokens else (0, False)
+
+    def update_state_after_alloc(self, request: "Request", block_ids: list[int], num_external_tokens: int) -> None:
+        """Plan the load of `num_external_tokens` into the blocks that the request now has."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.loading is not None:
+            return
+        ticket = tracked.ticket
+        if not num_external_tokens:
+            if ticket is not None and tracked.may_load:
+                self._matcher.release(ticket)
+            return
+        assert ticket is not None
+        assert ticket.reply is not None
+        end = loadable_end(ticket.reply.num_chunks, ticket.chunk_tokens, request.num_tokens)
+        start = end - num_external_tokens
+        first_chunk, chunks = chunks_to_load(ticket.reply, start, end, ticket.chunk_tokens)
+        tracked.loading, tracked.failed_at = (start, end), None
+        tracked.block_ids, tracked.computed_end = list(block_ids), end
+        self._plan.loads.append(
+            LoadOp(
+                request_id=tracked.id,
+                start=start,
+                end=end,
+                chunk_tokens=ticket.chunk_tokens,
+                first_chunk=first_chunk,
+                chunks=chunks,
+                tilings=ticket.reply.tilings,
+                block_ids=tracked.block_ids,
+                arena_path=ticket.arena_path,
+                instance=ticket.instance,
+            )
+        )
+
+    def build_plan(self, output: "SchedulerOutput") -> StepPlan:
+        """Return what the workers do in this step, and start the next plan."""
+        self._follow(output)
+        for request_id in output.num_scheduled_tokens:
+            tracked = self._requests.get(request_id)
+            if tracked is not None and tracked.may_store:
+                self._plan.stores_after += self._stores(tracked, tracked.request.num_tokens)
+        plan, self._plan = self._plan, StepPlan()
+        plan.socket_path = self._socket_path
+        return plan
+
+    def update_from_workers(self, finished_loading: Iterable[str], bad_blocks: set[int]) -> None:
+        """Learn which loads ended, and which blocks they could not fill (perhaps in an earlier step)."""
+        if bad_blocks:
+            for tracked in self._requests.values():
+                if tracked.loading is not None and tracked.failed_at is None:
+                    tracked.failed_at = first_failed_token(tracked.block_ids, bad_blocks, self._facts.block_tokens)
+        for request_id in finished_loading:
+            loaded = self._requests.get(request_id)
+            if loaded is not None and loaded.loading is not None:
+                self._end_load(loaded, *loaded.loading)
+
+    def request_finished(self, request: "Request") -> None:
+        """Hand over what is complete, before vLLM takes the request's blocks back."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None:
+            return
+        tracked.is_finished = True
+        if tracked.may_store and tracked.loading is None:
+            # The last token was sampled but, as far as is certain here, not computed.
+            self._plan.stores_before += self._stores(tracked, request.num_tokens - 1)
+        self._plan.finished.append(tracked.id)
+        if tracked.loading is None:
+            self._forget(tracked)
+
+    def reset(self) -> None:
+        """Start a new generation: the engine's weights may have changed."""
+        for tracked in self._requests.values():
+            tracked.may_load = tracked.may_store = False
+        self._matcher.start_generation(secrets.randbits(62))
+
+    def stop(self) -> None:
+        """Give all leases back and end the conversation."""
+        self._matcher.stop()
+
+    # Internals.
+
+    def _forget(self, tracked: TrackedRequest) -> None:
+        if tracked.ticket is not None:
+            self._matcher.release(tracked.ticket)
+        del self._requests[tracked.id]
+
+    def _end_load(self, tracked: TrackedRequest, start: int, end: int) -> None:
+        ticket, tracked.loading = tracked.ticket, None
+        assert ticket is not None
+        assert ticket.reply is not None
+        if tracked.failed_at is not None:
+            end = max(start, tracked.failed_at)
+            tracked.may_load = False  # or the same load would be tried again
+            self._matcher.report_failed_load()
+        tiers = split_by_tier(ticket.reply, start, end, ticket.chunk_tokens)
+        self._matcher.release(ticket, tiers.get(TIER_HOST, 0), tiers.get(TIER_DISK, 0))
+        if tracked.failed_at is not None:  # what was not there after all is worth storing
+            ticket.reply = msgspec.structs.replace(ticket.reply, num_chunks=end // ticket.chunk_tokens)
+        if tracked.is_finished:
+            self._forget(tracked)
+
+    def _follow(self, output: "SchedulerOutput") -> None:
+        """Follow block tables and computed tokens."""
+        scheduled = output.num_scheduled_tokens
+        for new in output.scheduled_new_reqs:
+            if tracked := self._requests.get(new.req_id):
+                tracked.block_ids = list(new.block_ids[0])
+                tracked.computed_end = new.num_computed_tokens + scheduled[new.req_id]
+        cached = output.scheduled_cached_reqs
+        for request_id, blocks, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if tracked := self._requests.get(request_id):
+                if request_id in cached.resumed_req_ids:
+                    tracked.block_ids = list(blocks[0]) if blocks else []
+                elif blocks:
+                    tracked.block_ids.extend(blocks[0])
+                tracked.computed_end = computed + scheduled[request_id]
+
+    def _stores(self, tracked: TrackedRequest, num_known_tokens: int) -> list[StoreOp]:
+        """Return ops for the chunks that are complete now and have not been handed over."""
+        ticket = tracked.ticket
+        if ticket is None or not ticket.is_done or ticket.reply is None:
+            return []
+        end_chunk = min(num_known_tokens, tracked.computed_end) // ticket.chunk_tokens
+        if end_chunk <= tracked.next_chunk:
+            return []
+        first = max(tracked.next_chunk, ticket.reply.num_chunks)
+        tracked.next_chunk = max(end_chunk, first)
+        ops = []
+        for start in range(first, end_chunk, MAX_CHUNKS_PER_OP):
+            ops.append(self._store_op(tracked, start, min(start + MAX_CHUNKS_PER_OP, end_chunk)))
+        return ops
+
+    def _store_op(self, tracked: TrackedRequest, first: int, end: int) -> StoreOp:
+        ticket, block_tokens = tracked.ticket, self._facts.block_tokens
+        assert ticket is not None
+        assert ticket.reply is not None
+        chunk_tokens = ticket.chunk_tokens
+        start_token, end_token = first * chunk_tokens, end * chunk_tokens
+        tokens = ticket.tokens[start_token * TOKEN_BYTES : end_token * TOKEN_BYTES]
+        if len(tokens) < (end_token - start_token) * TOKEN_BYTES:  # decoded since
+            tokens = tokens_to_bytes(tracked.request.all_token_ids[start_token:end_token])
+        keys = ticket.reply.keys
+        parent: bytes | None = None
+        if first * KEY_BYTES <= len(keys):
+            parent = keys[(first - 1) * KEY_BYTES : first * KEY_BYTES] if first else b""
+        return StoreOp(
+            request_id=tracked.id,
+            namespace=ticket.namespace,
+            salt=tracked.request.cache_salt or "",
+            parent=parent,
+            chunk_tokens=chunk_tokens,
+            position=first,
+            tokens=tokens,
+            extras=[(chunk - first, extra) for chunk, extra in ticket.extras if first <= chunk < end],
+            block_ids=tracked.block_ids[start_token // block_tokens : -(-end_token // block_tokens)],
+        )
