@@ -3,7 +3,14 @@
 Counters only grow while the server runs; gauges are taken when `Store.stats` is called. Salts and keys never appear.
 """
 
+from typing import TYPE_CHECKING
+
 import msgspec
+
+from cachetier.storage.arena import Arena
+
+if TYPE_CHECKING:
+    from cachetier.store.books import Books
 
 
 class HitTokens(msgspec.Struct):
@@ -48,7 +55,6 @@ class Counters(msgspec.Struct):
         checksum_failures: chunks that a reader reported as damaged.
         stores_dropped: chunks that were not stored: no room, quota used up, or given up by the engine.
         loads_failed: requests that engines recomputed after a failed load.
-        host_evicted: chunks evicted from the host tier.
         promoted: chunks read from disk into the arena.
         promotions_failed: chunks whose reading failed.
         promotions_skipped: chunks that nobody leased any more when their turn came.
@@ -61,7 +67,6 @@ class Counters(msgspec.Struct):
     checksum_failures: int = 0
     stores_dropped: int = 0
     loads_failed: int = 0
-    host_evicted: int = 0
     promoted: int = 0
     promotions_failed: int = 0
     promotions_skipped: int = 0
@@ -87,6 +92,7 @@ class Stats(msgspec.Struct):
         sessions: open sessions.
         namespaces: known models.
         flush_backlog_bytes: bytes waiting to be written.
+        host_evicted: chunks that left the host tier to make room.
         checksum_failures: see `Counters`, like all that follow.
         disk: counters of the disk tier (write_errors, read_errors, dropped, carried, reclaimed_segments).
     """
@@ -115,3 +121,29 @@ class Stats(msgspec.Struct):
     flushes_dropped: int
     leases_expired: int
     disk: dict[str, int]
+
+
+def snapshot(books: "Books", arena: Arena, *, instance: str, uptime_s: float, flush_backlog_bytes: int) -> Stats:
+    """Return what the books say now (lock held)."""
+    disk, table, tokens = books.disk, books.table, books.tokens
+    num_durable = disk.num_chunks if disk else 0
+    return Stats(
+        instance=instance,
+        uptime_s=uptime_s,
+        tokens=TokenCounts(tokens.queried, HitTokens(tokens.hit.host, tokens.hit.disk), tokens.stored),
+        bytes=TierSizes(
+            TierBytes(arena.used_bytes, arena.data_bytes),
+            TierBytes(disk.used_bytes, disk.limit_bytes) if disk else TierBytes(),
+        ),
+        chunks=table.num_host_only + num_durable,
+        chunks_host=table.num_ready,
+        chunks_durable=num_durable,
+        chunks_pending=table.num_pending,
+        leases=books.leases.num_leases,
+        sessions=books.leases.num_sessions,
+        namespaces=len(books.namespaces),
+        flush_backlog_bytes=flush_backlog_bytes,
+        host_evicted=table.num_evicted,
+        disk=msgspec.structs.asdict(disk.counters) if disk else {},
+        **msgspec.structs.asdict(books.counters),
+    )

@@ -1,13 +1,21 @@
 """The store: the facade through which the service asks for everything.
 
-Signatures are final; bodies follow.
+Owns the data directory, the arena, the disk tier, the books and the threads (one that flushes, `io_threads` that
+promote). Messages are answered on the caller's thread.
+
+Locking design: see `store.books`: one lock for the books, I/O outside it.
 """
 
+import os
 import time
 from collections.abc import Callable
 
+import cachetier
 from cachetier.core.config import ServerConfig
+from cachetier.core.errors import ProtocolError
+from cachetier.core.keys import KEY_BYTES, ChainHasher, ChainKey
 from cachetier.core.messages import (
+    MAX_CHUNKS,
     Commit,
     CommitReply,
     Empty,
@@ -25,7 +33,23 @@ from cachetier.core.messages import (
     Reserve,
     ReserveReply,
 )
-from cachetier.store.stats import Stats
+from cachetier.storage.arena import Arena
+from cachetier.storage.data_dir import DataDir
+from cachetier.storage.disk import DiskTier
+from cachetier.storage.file_layer import FileLayer
+from cachetier.store.books import Books
+from cachetier.store.chunk import ChunkState
+from cachetier.store.disk_pins import DiskPins
+from cachetier.store.flush import Flusher
+from cachetier.store.host import HostTable
+from cachetier.store.leases import Lease, LeaseTable
+from cachetier.store.matching import Matcher
+from cachetier.store.namespaces import NamespaceTable
+from cachetier.store.promotion import Promoter
+from cachetier.store.stats import Stats, snapshot
+from cachetier.store.storing import Storer
+
+INSTANCE_BYTES = 16
 
 
 class Store:
@@ -34,54 +58,231 @@ class Store:
     Every method may be called from any thread. Those that answer messages are short (no I/O beyond look-ups in the
     index); `flush` and `close` block and belong on a thread of their own.
 
+    A chunk that `match` leases neither changes nor vanishes until the lease ends. What a process writes after its
+    lease to fill has expired (it was stopped for long) may hit a frame that belongs to another chunk by then; its
+    reader's checksum finds it and `invalidate` drops the chunk.
+
     Raises:
         StorageError: from the constructor, when the data directory or the arena cannot be used.
         ProtocolError: from the methods that answer messages: status 404 for an unknown session or namespace, 400 for
             an impossible request, 409 where the request contradicts what is known.
     """
 
-    def __init__(self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
-        raise NotImplementedError
+    def __init__(
+        self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic, files: FileLayer | None = None
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._opened_at = clock()
+        self._instance = os.urandom(INSTANCE_BYTES)
+        self._is_closed = False
+        self.data_dir = DataDir.open(config)
+        try:
+            self._open_tiers(config, files)
+        except BaseException:
+            self.data_dir.close()
+            raise
+
+    def _open_tiers(self, config: ServerConfig, files: FileLayer | None) -> None:
+        pins = DiskPins()
+        self._arena_path = self.data_dir.arena_path()
+        self._arena = Arena.create(self._arena_path, config.host_bytes, self._instance)
+        try:
+            disk = None
+            if config.disk_bytes:
+                disk = DiskTier.open(config, files, is_hot=pins.is_hot, is_pinned=pins.is_pinned)
+        except BaseException:
+            self._arena.close()
+            raise
+        self._books = books = Books(
+            chunk_tokens=config.chunk_tokens,
+            clock=self._clock,
+            hasher=ChainHasher(self.data_dir.secret),
+            table=HostTable(self._arena, config.tenant_quota),
+            leases=LeaseTable(config.lease_ttl_s),
+            namespaces=NamespaceTable(config.chunk_tokens, self._arena),
+            disk=disk,
+            disk_pins=pins,
+        )
+        self._flusher = self._promoter = None
+        if disk is not None:
+            self._flusher = Flusher(books, disk, self._arena.frame, self._arena.data_bytes // 2)
+            self._promoter = Promoter(books, disk, self._flusher, self._arena.frame, config.io_threads)
+            for stored in disk.namespaces().values():
+                books.namespaces.recall(stored.identity, stored.layouts)
+            self._flusher.start()
+            self._promoter.start()
+        self._matcher = Matcher(books, self._flusher, self._promoter)
+        self._storer = Storer(books, self._flusher, config.lease_ttl_s)
 
     @property
     def instance(self) -> str:
         """Random id of this run, as in `OpenSessionReply.instance`."""
-        raise NotImplementedError
+        return self._instance.hex()
 
-    def open_session(self, message: OpenSession) -> OpenSessionReply: ...
+    def open_session(self, message: OpenSession) -> OpenSessionReply:
+        """Begin a session; it ends with `close_session`, or when it gives no sign of life for many lease times."""
+        with self._books.lock:
+            session = self._books.leases.open_session(message.client, message.engine, message.pid, self._clock())
+        return OpenSessionReply(
+            session=session.id,
+            instance=self.instance,
+            version=cachetier.__version__,
+            chunk_tokens=self._config.chunk_tokens,
+            arena_path=self._arena_path,
+            arena_bytes=self._config.host_bytes,
+            lease_ttl_s=self._config.lease_ttl_s,
+        )
 
     def close_session(self, session: int) -> None:
         """End a session: its leases are given back, chunks that it was storing are dropped. Unknown: ignored."""
+        with self._books.lock:
+            self._end_dead(self._books.leases.close_session(session))
 
-    def register_namespace(self, message: RegisterNamespace) -> RegisterNamespaceReply: ...
+    def register_namespace(self, message: RegisterNamespace) -> RegisterNamespaceReply:
+        """Make a model known; 409 if it is known with other layouts."""
+        books = self._books
+        with books.lock:
+            books.leases.session(message.session, self._clock())
+            namespace, is_new = books.namespaces.register(message.identity, message.layouts)
+            if is_new and self._flusher is not None:
+                self._flusher.remember(namespace)
+        return RegisterNamespaceReply(namespace=namespace.id)
 
-    def match(self, message: Match) -> MatchReply: ...
+    def match(self, message: Match) -> MatchReply:
+        """Say how many leading chunks of a prompt are held and lease them; start reading those that are on disk.
 
-    def release(self, message: Release) -> Empty: ...
+        The hit ends before the first chunk that is held nowhere, is still being stored, or finds no room in the arena
+        because everything is leased. Without `lease` the reply names no frames and nothing is touched or counted.
+        """
+        return self._matcher.match(message)
 
-    def renew(self, message: Renew) -> RenewReply: ...
+    def release(self, message: Release) -> Empty:
+        """End leases and count what they were good for; a lease to fill that is released drops its chunks."""
+        books = self._books
+        with books.lock:
+            session = books.leases.session(message.session, self._clock())
+            for use in message.uses:
+                lease = books.leases.get(session, use.lease)
+                if lease is not None:
+                    books.leases.end(lease)
+                    books.tokens.hit.host += min(max(use.host_tokens, 0), lease.host_tokens)
+                    books.tokens.hit.disk += min(max(use.disk_tokens, 0), lease.disk_tokens)
+                    self._give_back(lease)
+        return Empty()
 
-    def reserve(self, message: Reserve) -> ReserveReply: ...
+    def renew(self, message: Renew) -> RenewReply:
+        """Extend leases; name those that the session does not have (any more)."""
+        with self._books.lock:
+            now = self._clock()
+            session = self._books.leases.session(message.session, now)
+            return RenewReply(expired=self._books.leases.renew(session, message.leases, now))
 
-    def commit(self, message: Commit) -> CommitReply: ...
+    def reserve(self, message: Reserve) -> ReserveReply:
+        """Hand out frames for new chunks of one shard, evicting what must go.
 
-    def invalidate(self, message: Invalidate) -> Empty: ...
+        After the first chunk of the message that is dropped the rest is dropped too: without it they could not be
+        found. The same holds when the chunk before the message is held nowhere.
+        """
+        return self._storer.reserve(message)
 
-    def report(self, message: Report) -> Empty: ...
+    def commit(self, message: Commit) -> CommitReply:
+        """Take over filled frames; a chunk becomes visible with the last object of its tiling.
 
-    def stats(self) -> Stats: ...
+        An expired or unknown lease accepts nothing. 409 for a lease to read.
+        """
+        return self._storer.commit(message)
+
+    def invalidate(self, message: Invalidate) -> Empty:
+        """Drop damaged chunks from every tier; who has leased them keeps the frames until the lease ends."""
+        if len(message.keys) % KEY_BYTES or len(message.keys) > MAX_CHUNKS * KEY_BYTES:
+            raise ProtocolError(f"keys has {len(message.keys)} bytes; at most {MAX_CHUNKS} keys of {KEY_BYTES} bytes")
+        keys = {ChainKey(message.keys[at : at + KEY_BYTES]) for at in range(0, len(message.keys), KEY_BYTES)}
+        books, disk, flusher = self._books, self._books.disk, self._flusher
+        on_disk = {key for key in keys if disk is not None and disk.lookup(key) is not None}
+        with books.lock:
+            books.leases.session(message.session, self._clock())
+            for key in keys:
+                chunk = books.table.chunks.get(key)
+                is_held = chunk is not None and chunk.state is not ChunkState.PENDING
+                if chunk is not None and is_held:
+                    books.table.remove(chunk)
+                if flusher is not None and (key in on_disk or is_held) and not flusher.is_forgotten(key):
+                    flusher.forget(key)
+                    is_held = True
+                books.counters.checksum_failures += is_held
+        return Empty()
+
+    def report(self, message: Report) -> Empty:
+        """Add counters that only the engine knows."""
+        with self._books.lock:
+            self._books.leases.session(message.session, self._clock())
+            self._books.counters.stores_dropped += max(message.stores_dropped, 0)
+            self._books.counters.loads_failed += max(message.loads_failed, 0)
+        return Empty()
+
+    def stats(self) -> Stats:
+        """Return a snapshot of all counters and gauges."""
+        backlog = self._flusher.backlog_bytes if self._flusher else 0
+        with self._books.lock:
+            return snapshot(
+                self._books,
+                self._arena,
+                instance=self.instance,
+                uptime_s=self._clock() - self._opened_at,
+                flush_backlog_bytes=backlog,
+            )
 
     def expire(self) -> None:
         """End leases whose time is over and sessions that gave no sign of life; call it about once a second."""
+        with self._books.lock:
+            now = self._clock()
+            self._end_dead(self._books.leases.expire(now))
+            self._storer.expire(now)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Block until everything committed before the call is durable (or was refused by the disk tier).
+        """Block until everything committed before the call is durable, or was refused by the disk tier.
 
         Returns False when `timeout_s` passed first.
         """
+        return self._flusher is None or self._flusher.flush(timeout_s)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the books contradict each other, the arena or the disk tier."""
+        with self._books.lock:
+            self._books.leases.check_integrity()
+            self._books.table.check_integrity()
+            self._storer.check_integrity()
+            leased: dict[int, int] = {}
+            for lease in self._books.leases.leases():
+                for chunk in lease.chunks:
+                    leased[id(chunk)] = leased.get(id(chunk), 0) + 1
+                    assert chunk.pins >= leased[id(chunk)], "a leased chunk is not pinned as often as it is leased"
+        if self._books.disk is not None:
+            self._books.disk.check_integrity()
 
     def close(self, flush_timeout_s: float = 8.0) -> None:
         """Flush for at most `flush_timeout_s`, stop the threads, close the tiers. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.flush(flush_timeout_s)
+        if self._promoter is not None:
+            self._promoter.stop()
+        if self._flusher is not None:
+            self._flusher.stop()
+        if self._books.disk is not None:
+            self._books.disk.close()
+        self._arena.close()
+        self.data_dir.close()
+
+    def _end_dead(self, leases: list[Lease]) -> None:
+        self._books.counters.leases_expired += len(leases)
+        for lease in leases:
+            self._give_back(lease)
+
+    def _give_back(self, lease: Lease) -> None:
+        if lease.shard is None:
+            self._matcher.release_read(lease)
+        else:
+            self._storer.release_fill(lease)

@@ -1,0 +1,59 @@
+"""What the store knows, in one place, with the one lock that guards it.
+
+Locking design: `Books.lock` guards every table and counter in `Books`. Whoever holds it does bookkeeping only: look-ups
+on disk, reads, writes and waiting happen without it. `DiskPins` has a small lock of its own, taken last.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cachetier.core.errors import ProtocolError
+from cachetier.core.keys import TOKEN_BYTES, ChainHasher, contents_of
+from cachetier.core.messages import MAX_CHUNKS
+from cachetier.storage.disk import DiskTier
+from cachetier.store.disk_pins import DiskPins
+from cachetier.store.host import HostTable
+from cachetier.store.leases import LeaseTable
+from cachetier.store.namespaces import NamespaceTable
+from cachetier.store.stats import Counters, TokenCounts
+
+SALT_LENGTH_MAX = 1024
+EXTRA_BYTES_MAX = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """The tables of a store. `disk` is None when there is no disk tier."""
+
+    chunk_tokens: int
+    clock: Callable[[], float]
+    hasher: ChainHasher
+    table: HostTable
+    leases: LeaseTable
+    namespaces: NamespaceTable
+    disk: DiskTier | None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    disk_pins: DiskPins = field(default_factory=DiskPins)
+    counters: Counters = field(default_factory=Counters)
+    tokens: TokenCounts = field(default_factory=TokenCounts)
+
+    def contents(self, tokens: bytes, extras: list[tuple[int, bytes]], salt: str) -> list[bytes]:
+        """Return the contents of the complete chunks in a message.
+
+        Raises:
+            ProtocolError: the tokens are not int32, there are too many chunks, or an extra or the salt is impossible.
+        """
+        if len(tokens) % TOKEN_BYTES:
+            raise ProtocolError(f"tokens has {len(tokens)} bytes, no multiple of {TOKEN_BYTES}")
+        if len(tokens) > MAX_CHUNKS * self.chunk_tokens * TOKEN_BYTES:
+            raise ProtocolError(f"more than {MAX_CHUNKS} chunks")
+        if len(salt) > SALT_LENGTH_MAX:
+            raise ProtocolError(f"the salt is longer than {SALT_LENGTH_MAX} characters")
+        by_number = dict(extras)
+        if len(by_number) != len(extras):
+            raise ProtocolError("two extras for one chunk")
+        for number, extra in extras:
+            if number < 0 or len(extra) > EXTRA_BYTES_MAX:
+                raise ProtocolError(f"extra of chunk {number} with {len(extra)} bytes; at most {EXTRA_BYTES_MAX}")
+        return contents_of(tokens, self.chunk_tokens, by_number)

@@ -1,0 +1,258 @@
+"""Match and release: how many leading chunks of a prompt are held, and the lease that keeps them.
+
+Runs on the caller's thread. A match walks the chain in the host table under the store's lock, pinning what it passes.
+Where the host table ends and there is a disk tier, it looks the rest up without the lock, takes the lock again and
+gives what was found frames and a place in the promoter's queue. Hashes find a chunk; its content and its parent are
+compared, along the whole chain, before it counts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cachetier.core.errors import ProtocolError
+from cachetier.core.keys import ChainKey
+from cachetier.core.messages import TIER_DISK, TIER_HOST, Match, MatchReply
+from cachetier.storage.disk import DiskChunk
+from cachetier.store.books import Books
+from cachetier.store.chunk import HITS_MAX, ChunkState, HostChunk, Tiling
+from cachetier.store.flush import Flusher
+from cachetier.store.leases import Lease, Session
+from cachetier.store.namespaces import Namespace
+from cachetier.store.promotion import Promoter
+
+
+class Prompt:
+    """A prompt's chain, how far it is held (pinned), and what a match keeps on disk meanwhile (`kept`)."""
+
+    __slots__ = ("contents", "held", "kept", "keys", "namespace", "root", "tiers")
+
+    def __init__(self, namespace: Namespace, root: ChainKey, contents: list[bytes], keys: list[ChainKey]) -> None:
+        self.namespace = namespace
+        self.root = root
+        self.contents = contents
+        self.keys = keys
+        self.held: list[HostChunk] = []
+        self.tiers = bytearray()
+        self.kept: list[ChainKey] = []
+
+    def parent_of(self, number: int) -> ChainKey:
+        """Return the key before chunk `number`."""
+        return self.keys[number - 1] if number else self.root
+
+    def has(self, number: int, chunk: HostChunk | DiskChunk) -> bool:
+        """Tell whether `chunk`, found by its key, really is chunk `number` of the prompt."""
+        return (
+            chunk.content == self.contents[number]
+            and chunk.parent == self.parent_of(number)
+            and chunk.namespace == self.namespace.id
+        )
+
+
+class Matcher:
+    """Answers `match` and ends leases to read."""
+
+    def __init__(self, books: Books, flusher: Flusher | None, promoter: Promoter | None) -> None:
+        self._books = books
+        self._flusher = flusher
+        self._promoter = promoter
+
+    def match(self, message: Match) -> MatchReply:
+        """See `Store.match`."""
+        books = self._books
+        contents = books.contents(message.tokens, message.extras, message.salt)
+        with books.lock:
+            books.leases.session(message.session, books.clock())
+            namespace = books.namespaces.get(message.namespace)
+        root = books.hasher.root(namespace.id, message.salt)
+        prompt = Prompt(namespace, root, contents, books.hasher.chain(root, contents))
+        return self._leasing(message, prompt) if message.lease else self._asking(prompt)
+
+    def release_read(self, lease: Lease) -> None:
+        """Give back what an ended lease to read pinned (lock held)."""
+        unpin = self._books.table.unpin
+        for chunk in lease.chunks:
+            unpin(chunk)
+
+    def _leasing(self, message: Match, prompt: Prompt) -> MatchReply:
+        books = self._books
+        lease: Lease | None = None
+        try:
+            with books.lock:
+                books.tokens.queried += len(prompt.keys) * books.chunk_tokens
+                self._walk(prompt, {})
+            rows = self._look_up(prompt)
+            with books.lock:
+                session = books.leases.session(message.session, books.clock())
+                if rows:
+                    self._walk(prompt, rows)
+                if prompt.held and not books.leases.is_full:
+                    lease = self._grant(session, prompt)
+                return self._reply(lease, prompt)
+        finally:
+            for key in prompt.kept:
+                books.disk_pins.unpin(key)
+            if lease is None and prompt.held:
+                with books.lock:
+                    for chunk in prompt.held:
+                        books.table.unpin(chunk)
+
+    def _grant(self, session: Session, prompt: Prompt) -> Lease:
+        num_disk = prompt.tiers.count(TIER_DISK)
+        return self._books.leases.grant(
+            session,
+            prompt.held,
+            self._books.clock(),
+            host_tokens=(len(prompt.held) - num_disk) * self._books.chunk_tokens,
+            disk_tokens=num_disk * self._books.chunk_tokens,
+        )
+
+    def _walk(self, prompt: Prompt, rows: Mapping[int, DiskChunk]) -> None:
+        """Pin held chunks from where the prompt stands on, promoting those in `rows`, up to the first that is not held.
+
+        Written out because 512 turns of this loop are most of a match.
+        """
+        get, keys, contents, held, tiers = (
+            self._books.table.chunks.get, prompt.keys, prompt.contents, prompt.held, prompt.tiers,
+        )  # fmt: skip
+        ready, promoting = ChunkState.READY, ChunkState.PROMOTING
+        for number in range(len(held), len(keys)):
+            chunk = get(keys[number])
+            if chunk is None:
+                row = rows.get(number)
+                chunk = self._promote(prompt, row) if row is not None else None
+                if chunk is None:
+                    return
+            state = chunk.state
+            if (
+                chunk.content != contents[number]
+                or chunk.parent != (keys[number - 1] if number else prompt.root)
+                or (state is not ready and state is not promoting)
+            ):
+                return
+            chunk.pins += 1
+            if state is ready:
+                tiers.append(TIER_HOST)
+                if chunk.hits < HITS_MAX:
+                    chunk.hits += 1
+            else:
+                tiers.append(TIER_DISK)
+            held.append(chunk)
+
+    def _look_up(self, prompt: Prompt) -> dict[int, DiskChunk]:
+        """Return what the disk tier has of the rest of the prompt, kept there by pins, up to the first miss.
+
+        Runs without the lock: what the host table has is skipped here, and looked at again under the lock.
+        """
+        disk, flusher, pins = self._books.disk, self._flusher, self._books.disk_pins
+        rows: dict[int, DiskChunk] = {}
+        if disk is None or flusher is None:
+            return rows
+        chunks = self._books.table.chunks
+        first = len(prompt.held)
+        for number in range(first, len(prompt.keys)):
+            key = prompt.keys[number]
+            if key in chunks:
+                if number == first:
+                    break  # pending, or of another content: the walk ends here whatever follows
+                continue
+            if flusher.is_forgotten(key) or not pins.pin(key):
+                break
+            prompt.kept.append(key)
+            row = disk.lookup(key)
+            if row is None or not prompt.has(number, row):
+                break
+            rows[number] = row
+        return rows
+
+    def _promote(self, prompt: Prompt, row: DiskChunk) -> HostChunk | None:
+        """Give a chunk on disk frames and queue its reading (lock held); None: there is no room."""
+        books = self._books
+        try:
+            tiling = prompt.namespace.tiling(row.tiling)
+        except ProtocolError:
+            return None
+        if tiling.object_bytes != row.object_bytes or self._promoter is None:
+            return None
+        chunk = HostChunk(
+            row.key,
+            row.parent,
+            tenant=prompt.root,
+            namespace=row.namespace,
+            position=row.position,
+            content=row.content,
+            tiling=tiling,
+            state=ChunkState.PROMOTING,
+        )
+        chunk.checksums[:] = row.checksums
+        books.table.add(chunk)
+        for shard in range(len(tiling.shards)):
+            if not books.table.allocate(chunk, shard):
+                books.table.remove(chunk)
+                return None
+        is_kept = books.disk_pins.pin(row.key)
+        assert is_kept, "the match kept it on disk, so it cannot be leaving"
+        self._promoter.offer(chunk)
+        return chunk
+
+    def _reply(self, lease: Lease | None, prompt: Prompt) -> MatchReply:
+        """Describe what `lease` holds (lock held, so that no frame changes hands meanwhile)."""
+        held = prompt.held if lease else []
+        tilings: list[Tiling] = []
+        tiling_of = bytearray()
+        frames: list[Any] = []
+        checksums: list[Any] = []
+        last: Tiling | None = None
+        index = 0
+        for chunk in held:
+            if chunk.tiling is not last:
+                last = chunk.tiling
+                if last not in tilings:
+                    tilings.append(last)
+                index = tilings.index(last)
+            tiling_of.append(index)
+            frames += chunk.frames
+            checksums += chunk.checksums
+        return MatchReply(
+            lease=lease.id if lease else 0,
+            num_chunks=len(held),
+            keys=b"".join(prompt.keys),
+            tiers=bytes(prompt.tiers[: len(held)]),
+            tilings=[list(tiling.shards) for tiling in tilings],
+            tiling_of=bytes(tiling_of),
+            frames=frames,
+            checksums=checksums,
+            num_pending=self._count_pending(prompt, len(held)),
+        )
+
+    def _asking(self, prompt: Prompt) -> MatchReply:
+        """Say what is held without touching anything; no frames are named, for nothing keeps them."""
+        books, tiers = self._books, bytearray()
+        for number, key in enumerate(prompt.keys):
+            chunk = books.table.chunks.get(key)
+            if chunk is not None and chunk.state is not ChunkState.PENDING and prompt.has(number, chunk):
+                tiers.append(TIER_HOST if chunk.state is ChunkState.READY else TIER_DISK)
+                continue
+            row = books.disk.lookup(key) if chunk is None and books.disk is not None else None
+            if row is None or not prompt.has(number, row) or (self._flusher and self._flusher.is_forgotten(key)):
+                break
+            tiers.append(TIER_DISK)
+        return MatchReply(
+            lease=0,
+            num_chunks=len(tiers),
+            keys=b"".join(prompt.keys),
+            tiers=bytes(tiers),
+            tilings=[],
+            tiling_of=b"",
+            frames=[],
+            checksums=[],
+            num_pending=self._count_pending(prompt, len(tiers)),
+        )
+
+    def _count_pending(self, prompt: Prompt, start: int) -> int:
+        count = 0
+        for number in range(start, len(prompt.keys)):
+            chunk = self._books.table.chunks.get(prompt.keys[number])
+            if chunk is None or chunk.state is not ChunkState.PENDING or not prompt.has(number, chunk):
+                break
+            count += 1
+        return count

@@ -1,0 +1,126 @@
+"""The I/O threads that read chunks from disk into frames which a match has leased.
+
+Locking design: the queue, the counters and the host table are guarded by the store's lock. A thread takes a few
+neighbouring chunks under the lock, reads them without it (the promoter's own pin keeps the frames), and takes the lock
+again to make them READY. Engines do not wait for that: they watch the state byte of each frame.
+
+Bounds: every queued chunk has its frames, so the arena bounds the queue. When a chunk's turn comes and no lease wants
+it any more, it is skipped and its frames are freed.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from cachetier.storage.disk import DiskTier
+from cachetier.store.books import Books
+from cachetier.store.chunk import ChunkState, HostChunk
+from cachetier.store.flush import Flusher, views
+
+BATCH_BYTES = 1 << 20  # a thread takes neighbours up to this size, so that small chunks cost few hand-overs
+
+logger = logging.getLogger(__name__)
+
+
+class Promoter:
+    """The queue of chunks to read, and the threads that read them."""
+
+    def __init__(
+        self,
+        books: Books,
+        disk: DiskTier,
+        flusher: Flusher,
+        view: Callable[[int, int], memoryview],
+        num_threads: int,
+    ) -> None:
+        self._wake = threading.Condition(books.lock)
+        self._table = books.table
+        self._pins = books.disk_pins
+        self._counters = books.counters
+        self._disk = disk
+        self._flusher = flusher
+        self._view = view
+        self._queue: deque[HostChunk] = deque()
+        self._is_stopping = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"cachetier-promote-{number}", daemon=True)
+            for number in range(num_threads)
+        ]
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def offer(self, chunk: HostChunk) -> None:
+        """Queue a PROMOTING chunk that has all its frames (lock held), and take over the caller's pin on disk."""
+        chunk.pins += 1
+        self._queue.append(chunk)
+        self._wake.notify()
+
+    def stop(self) -> None:
+        """Skip what is queued and end the threads."""
+        with self._wake:
+            self._is_stopping = True
+            while self._queue:
+                self._skip(self._queue.popleft())
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._queue and not self._is_stopping:
+                    self._wake.wait()
+                if self._is_stopping:
+                    return
+                batch = self._take_batch()
+            for chunk in batch:
+                is_read = self._read(chunk)
+                with self._wake:
+                    self._finish(chunk, is_read)
+
+    def _take_batch(self) -> list[HostChunk]:
+        batch: list[HostChunk] = []
+        size = 0
+        while self._queue and size < BATCH_BYTES:
+            chunk = self._queue.popleft()
+            if chunk.pins == 1 or chunk.state is not ChunkState.PROMOTING:
+                self._skip(chunk)
+            else:
+                batch.append(chunk)
+                size += sum(chunk.tiling.frame_bytes)
+        return batch
+
+    def _read(self, chunk: HostChunk) -> bool:
+        try:
+            return self._disk.read(chunk.key, views(chunk, self._view))
+        except Exception:  # the thread's boundary
+            logger.exception("a chunk could not be read")
+            return False
+
+    def _finish(self, chunk: HostChunk, is_read: bool) -> None:
+        if chunk.state is not ChunkState.PROMOTING:  # invalidated while it was read
+            self._skip(chunk)
+            return
+        if is_read:
+            self._table.seal(chunk, is_durable=True)
+            self._pins.touch(chunk.key)
+            self._counters.promoted += 1
+        else:
+            self._table.mark_bad(chunk)
+            self._table.remove(chunk)
+            self._flusher.forget(chunk.key)
+            self._counters.promotions_failed += 1
+        self._pins.unpin(chunk.key)
+        self._table.unpin(chunk)
+
+    def _skip(self, chunk: HostChunk) -> None:
+        self._counters.promotions_skipped += 1
+        self._table.mark_bad(chunk)
+        if chunk.state is ChunkState.PROMOTING:
+            self._table.remove(chunk)
+        self._pins.unpin(chunk.key)
+        self._table.unpin(chunk)
