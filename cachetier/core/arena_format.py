@@ -40,8 +40,6 @@ def geometry_for(file_bytes: int, instance: bytes) -> ArenaGeometry:
     """Return the largest arena that fits into `file_bytes`; `instance` has 16 bytes."""
     pages = file_bytes // PAGE_BYTES - 1
     data_pages = pages * PAGE_BYTES // (PAGE_BYTES + 1)
-    while 1 + round_up(data_pages, PAGE_BYTES) // PAGE_BYTES + data_pages > file_bytes // PAGE_BYTES:
-        data_pages -= 1
     data_offset = PAGE_BYTES + round_up(data_pages, PAGE_BYTES)
     return ArenaGeometry(PAGE_BYTES, data_offset, data_pages * PAGE_BYTES, instance)
 
