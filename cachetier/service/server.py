@@ -1,4 +1,4 @@
-"""The server's life: sockets, the once-a-second tick, server.json, and an orderly end.
+"""The server's life: sockets, the once-a-second tick, and an orderly end.
 
 One event loop on the main thread. Only closing the store, which waits for the disk, runs on a thread of its own.
 """
@@ -6,7 +6,6 @@ One event loop on the main thread. Only closing the store, which waits for the d
 import asyncio
 import concurrent.futures
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -23,7 +22,8 @@ from cachetier.service.app import Service
 from cachetier.store.store import Store
 
 TICK_S = 1.0
-CLOSE_TIMEOUT_S = 8.0
+FLUSH_TIMEOUT_S = 7.0
+CLOSE_TIMEOUT_S = 9.0
 IDLE_CONNECTION_S = 3600.0
 TOKEN_CHARACTERS_MIN = 16
 BACKLOG = 512
@@ -50,23 +50,18 @@ async def run(config: ServerConfig, store: Store, on_ready: Callable[[], None], 
         runners.append(await _listen_unix(service, config.socket))
         if config.tcp:
             runners.append(await _listen_tcp(service, config.tcp, read_token(config.token_file)))
-        _write_server_json(config, store)
+        store.data_dir.publish(store.instance, os.path.abspath(config.socket))
         on_ready()
         await _tick_until_stopped(service, parent_pid)
     finally:
         service.stopping.set()
-        for name in (server_json(config), config.socket) if runners else ():
+        if runners:  # the socket is ours, and still so while the store holds the data directory's lock
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+                os.unlink(config.socket)
         for runner in runners:
             await runner.cleanup()
         is_closed = await _close(store)
     return is_closed
-
-
-def server_json(config: ServerConfig) -> str:
-    """Return the path of the file that names the live server of a data directory."""
-    return os.path.join(config.data_dir, "server.json")
 
 
 def read_token(path: str) -> str:
@@ -103,11 +98,11 @@ async def _tick_until_stopped(service: Service, parent_pid: int) -> None:
 
 async def _close(store: Store) -> bool:
     closer = concurrent.futures.ThreadPoolExecutor(1)  # not the loop's own, whose end would wait for it
-    closing = asyncio.get_running_loop().run_in_executor(closer, store.close)
+    closing = asyncio.get_running_loop().run_in_executor(closer, store.close, FLUSH_TIMEOUT_S)
     try:
         await asyncio.wait_for(asyncio.shield(closing), CLOSE_TIMEOUT_S)
     except TimeoutError:
-        log.warning("the disk did not take everything within %.0f s; chunks not yet durable are lost", CLOSE_TIMEOUT_S)
+        log.warning("the disk hangs: the store did not close within %.0f s", CLOSE_TIMEOUT_S)
         return False
     return True
 
@@ -164,10 +159,3 @@ def _runner(app: web.Application) -> web.AppRunner:
     return web.AppRunner(
         app, access_log=None, handler_cancellation=True, keepalive_timeout=IDLE_CONNECTION_S, shutdown_timeout=1.0
     )
-
-
-def _write_server_json(config: ServerConfig, store: Store) -> None:
-    text = json.dumps({"pid": os.getpid(), "socket": os.path.abspath(config.socket), "instance": store.instance})
-    temporary = server_json(config) + ".new"
-    Path(temporary).write_text(text)
-    os.replace(temporary, server_json(config))

@@ -1,4 +1,4 @@
-"""A session lives as long as its watch connection, or as its messages if it has none."""
+"""A session lives exactly as long as its watch connection."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import pytest
 
 from cachetier.client import Client
 from cachetier.core.errors import ProtocolError
-from cachetier.core.messages import OpenSession, Renew
+from cachetier.core.messages import Renew
 from tests.service.running import SMALL, TIMEOUT_S, RunningServer, TinyEngine, environment, tokens_of
 
 LEASE_HOLDER = """
@@ -77,16 +77,6 @@ def test_watched_session_survives_silence_longer_than_the_lease_time(server: Run
     assert engine.session.is_open()
     engine.client.call(Renew(session=engine.session.id, leases=[]), TIMEOUT_S)
     engine.close()
-
-
-def test_unwatched_session_ends_after_silence(server: RunningServer) -> None:
-    client = Client(server.socket_path)
-    session = client.call(OpenSession(client="silent", engine="e", pid=1), TIMEOUT_S).session
-    seconds_until(lambda: stats_of(client)["sessions"] == 0, 5.0)
-    with pytest.raises(ProtocolError) as error:
-        client.call(Renew(session=session, leases=[]), TIMEOUT_S)
-    assert error.value.status == 404
-    client.close()
 
 
 def test_closed_session_is_unknown_and_its_leases_are_gone(server: RunningServer) -> None:
