@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from cachetier import __version__
-from cachetier.core.errors import CachetierError, ConfigError, ProtocolError, StorageError
+from cachetier.client.private_server import EXIT_IN_USE
+from cachetier.core.errors import CachetierError, ConfigError, InUseError, ProtocolError, StorageError
 
 COMMANDS = ("serve", "warm", "stats", "verify", "doctor")
 
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: ModuleType = args.command
     try:
         return int(command.run(args))
+    except InUseError as error:
+        return _fail(error, EXIT_IN_USE)
     except (ConfigError, StorageError, ProtocolError) as error:
         return _fail(error, EXIT_USAGE)
     except CachetierError as error:

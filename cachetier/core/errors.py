@@ -5,6 +5,7 @@
     +-- ProtocolError      a message does not decode, has another version, or asks for something impossible
     +-- UnavailableError   the server cannot be reached or did not answer in time
     +-- StorageError       the data directory cannot be used
+        +-- InUseError     another process holds it
         +-- FormatError    it was written by another version of the on-disk format, or is not ours
 
 A miss, a full tier, a bad checksum and a chunk that is still being stored are outcomes, not exceptions.
@@ -37,6 +38,10 @@ class UnavailableError(CachetierError):
 
 class StorageError(CachetierError):
     """The data directory or the arena cannot be used; the text says what to do."""
+
+
+class InUseError(StorageError):
+    """Another process holds the data directory; the text names its pid."""
 
 
 class FormatError(StorageError):

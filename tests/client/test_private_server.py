@@ -99,7 +99,7 @@ def test_server_that_was_killed_is_replaced(tmp_path: Path) -> None:
 def test_server_that_cannot_start_gives_its_last_words(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data").chmod(0o755)
-    with pytest.raises(UnavailableError, match="0755"):
+    with pytest.raises(UnavailableError, match="chmod 700"):
         ensure_server(config_of(tmp_path / "data"))
 
 
