@@ -1,1 +1,1 @@
-"""Bytes at rest: the arena, segment files, the index, recovery and verification. Synchronous, without threads or policy."""
+"""Bytes at rest: arena, segment files, index, recovery, verification. Synchronous, without threads or policy."""

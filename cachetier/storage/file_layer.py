@@ -36,6 +36,13 @@ class FileLayer:
         if written != sum(len(buffer) for buffer in buffers):
             raise OSError(errno.ENOSPC, "short write")
 
+    def pread(self, descriptor: int, size_bytes: int, offset: int) -> bytes:
+        """Return `size_bytes` bytes from `offset`."""
+        data = os.pread(descriptor, size_bytes, offset)
+        if len(data) != size_bytes:
+            raise OSError(errno.EIO, "short read")
+        return data
+
     def preadv(self, descriptor: int, buffers: Sequence[bytearray | memoryview], offset: int) -> None:
         """Fill `buffers` from `offset`."""
         read = os.preadv(descriptor, buffers, offset)
@@ -49,10 +56,6 @@ class FileLayer:
     def fallocate(self, descriptor: int, size_bytes: int) -> None:
         """Reserve space on disk for the first `size_bytes` of the file; new bytes read as zero."""
         os.posix_fallocate(descriptor, 0, size_bytes)
-
-    def truncate(self, descriptor: int, size_bytes: int) -> None:
-        """Set the file's size."""
-        os.ftruncate(descriptor, size_bytes)
 
     def fsync_dir(self, path: str) -> None:
         """Make creations, renames and removals in the folder `path` durable."""
@@ -77,3 +80,37 @@ class FileLayer:
     def size(self, descriptor: int) -> int:
         """Return the file's size in bytes."""
         return os.fstat(descriptor).st_size
+
+
+def read_file(files: FileLayer, path: str) -> bytes:
+    """Return the whole of a small file, or nothing if it does not exist.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if os.path.basename(path) not in files.listdir(os.path.dirname(path)):
+        return b""
+    descriptor = files.open(path)
+    try:
+        return files.pread(descriptor, files.size(descriptor), 0)
+    finally:
+        files.close(descriptor)
+
+
+def replace_file(files: FileLayer, path: str, data: bytes) -> None:
+    """Write a small file so that after a crash either the old or the new one stands there, whole.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    temporary = path + ".new"
+    if os.path.basename(temporary) in files.listdir(os.path.dirname(path)):
+        files.unlink(temporary)
+    descriptor = files.open(temporary, create=True)
+    try:
+        files.pwritev(descriptor, [data], 0)
+        files.fdatasync(descriptor)
+    finally:
+        files.close(descriptor)
+    files.rename(temporary, path)
+    files.fsync_dir(os.path.dirname(path))

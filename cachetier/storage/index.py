@@ -1,0 +1,276 @@
+"""The index: where on disk each chunk lies, and what is known of it, in a hash table of checksummed pages.
+
+Why not an embedded database: LMDB maps its file and follows the offsets in it, so a flipped bit can kill the server
+with SIGBUS (bench/index_faults.py), and the only check of a whole file reads all of it, which at ten million chunks
+takes minutes. Here every lookup verifies the one page it reads; nothing has to be checked, replayed or rebuilt at
+open; and a lookup costs the same at any size.
+
+A key has two possible pages. It stands in the first unless that was full when it came. A row names its segment by
+sequence number; a row whose segment is gone is dead, is never returned, and makes room for the next row in its page.
+When both pages are full of living rows, those of the oldest segments go: a cache may forget.
+
+    page 0               settings: u32 format version, u64 bytes of this file at most, u64 bytes of a segment,
+                         u32 segments, u32 tokens a chunk
+    pages 1 to t         the segment table (169 entries a page of 4 KiB): u64 sequence number (0: free), u64 tail in
+                         bytes, u64 living rows
+    pages t+1 and later  buckets: u32 number of rows n; n chain keys of 16 bytes; n times u32 end of the row, counted
+                         from the start of the first; the rows: u64 sequence number, u64 offset of the record in its
+                         segment, body (records.py)
+
+Locking: `find` runs on any thread; all else on one thread at a time (DiskTier's write lock).
+"""
+
+import struct
+from collections.abc import Container, Iterator
+
+import msgspec
+
+from cachetier.core.errors import FormatError
+from cachetier.core.keys import FORMAT_VERSION, KEY_BYTES
+from cachetier.core.layout import PAGE_BYTES
+from cachetier.storage.file_layer import FileLayer
+from cachetier.storage.pages import PAYLOAD_OFFSET, PageFile
+from cachetier.storage.records import DiskChunk, unpack_body
+
+_SETTINGS = struct.Struct("<IQQII")
+_ENTRY = struct.Struct("<QQQ")
+_ROW = struct.Struct("<QQ")
+_COUNT = struct.Struct("<I")
+_KEYS_AT = PAYLOAD_OFFSET + _COUNT.size
+
+
+class IndexSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of an index file, fixed when it is made."""
+
+    limit_bytes: int
+    segment_bytes: int
+    num_segments: int
+    chunk_tokens: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page: about ten rows fit."""
+        return PAGE_BYTES * max(1, self.chunk_tokens // 64)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the file; each takes its size twice."""
+        return self.limit_bytes // (2 * self.page_bytes)
+
+    @property
+    def entries_per_page(self) -> int:
+        """Segments that one page of the segment table describes."""
+        return (self.page_bytes - PAYLOAD_OFFSET) // _ENTRY.size
+
+    @property
+    def first_bucket(self) -> int:
+        """Number of the first page that is a bucket."""
+        return 1 + -(-self.num_segments // self.entries_per_page)
+
+    def pack(self) -> bytes:
+        """Return the payload of page 0."""
+        return _SETTINGS.pack(
+            FORMAT_VERSION, self.limit_bytes, self.segment_bytes, self.num_segments, self.chunk_tokens
+        )
+
+
+class WrongShapeError(Exception):
+    """The index file was made with other settings, `found`. Never leaves `storage`."""
+
+    def __init__(self, found: IndexSettings) -> None:
+        super().__init__(str(found))
+        self.found = found
+
+
+class SegmentEntry(msgspec.Struct):
+    """What the segment table says about one segment file."""
+
+    sequence: int = 0
+    tail: int = 0
+    num_rows: int = 0
+
+
+class Location(msgspec.Struct, frozen=True):
+    """A row: where a chunk's record lies, and the chunk."""
+
+    sequence: int
+    offset: int
+    chunk: DiskChunk
+
+
+class Index:
+    """Rows by chain key, and the segment table."""
+
+    def __init__(self, path: str, settings: IndexSettings, files: FileLayer) -> None:
+        """Open the index at `path` or make an empty one.
+
+        Raises:
+            WrongShapeError: the file was made with other settings.
+            FormatError: another version made it.
+            OSError: the disk is full or fails.
+        """
+        self.settings = settings
+        self._pages = PageFile(path, settings.num_pages, settings.page_bytes, files)
+        self._num_buckets = settings.num_pages - settings.first_bucket
+        self._capacity = settings.page_bytes - _KEYS_AT
+        found = self._pages.read(0)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + _SETTINGS.size]
+        if not any(found):
+            self._pages.stage(0, settings.pack())
+            self._pages.commit()
+        elif found != settings.pack():
+            self._pages.close()
+            raise _shape_error(path, found)
+
+    @property
+    def num_bad_pages(self) -> int:
+        """Page slots that were found damaged since the index was opened."""
+        return self._pages.num_bad
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return self.settings.num_pages * 2 * self.settings.page_bytes
+
+    def find(self, key: bytes) -> Location | None:
+        """Return the row of `key`, dead or alive.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        for page in self._pages_of(key):
+            image = self._pages.read(page)
+            span = _row_span(image, key)
+            if span:
+                sequence, offset = _ROW.unpack_from(image, span[0])
+                return Location(sequence, offset, unpack_body(image, span[0] + _ROW.size))
+        return None
+
+    def put(self, key: bytes, sequence: int, offset: int, body: bytes, alive: Container[int]) -> list[int] | None:
+        """Stage the row of `key`; return the sequence numbers of the living rows that it replaces, one each.
+
+        None: the row is too large for a page.
+        """
+        row = _ROW.pack(sequence, offset) + body
+        if KEY_BYTES + 4 + len(row) > self._capacity:
+            return None
+        removed = self.remove(key)
+        gone = [removed] if removed is not None and removed in alive else []
+        first, second = self._pages_of(key)
+        for page in (first, second):
+            rows = {k: r for k, r in _rows(self._pages.staged(page)).items() if _sequence(r) in alive}
+            if self._fits(rows, row):
+                self._stage(page, {**rows, key: row})
+                return gone
+        rows = {k: r for k, r in _rows(self._pages.staged(first)).items() if _sequence(r) in alive}
+        while not self._fits(rows, row):
+            oldest = min(rows, key=lambda k: _sequence(rows[k]))
+            gone.append(_sequence(rows.pop(oldest)))
+        self._stage(first, {**rows, key: row})
+        return gone
+
+    def remove(self, key: bytes) -> int | None:
+        """Stage the removal of `key`; return the sequence number its row had, if there was one."""
+        for page in self._pages_of(key):
+            image = self._pages.staged(page)
+            if _row_span(image, key):
+                rows = _rows(image)
+                row = rows.pop(key)
+                self._stage(page, rows)
+                return _sequence(row)
+        return None
+
+    def read_table(self) -> list[SegmentEntry]:
+        """Return the segment table, free entries included."""
+        count, per_page = self.settings.num_segments, self.settings.entries_per_page
+        images = [self._pages.read(page) for page in range(1, self.settings.first_bucket)]
+        return [
+            SegmentEntry(*_ENTRY.unpack_from(images[slot // per_page], PAYLOAD_OFFSET + slot % per_page * _ENTRY.size))
+            for slot in range(count)
+        ]
+
+    def stage_table(self, table: list[SegmentEntry], changed: set[int]) -> None:
+        """Stage the pages of the segment table that describe the slots in `changed`."""
+        per_page = self.settings.entries_per_page
+        for number in {slot // per_page for slot in changed}:
+            entries = table[number * per_page : (number + 1) * per_page]
+            self._pages.stage(1 + number, b"".join(_ENTRY.pack(e.sequence, e.tail, e.num_rows) for e in entries))
+
+    def commit(self) -> None:
+        """Make everything staged durable, then visible.
+
+        Raises:
+            OSError: the disk fails; nothing becomes visible, and everything stays staged for the next commit.
+        """
+        self._pages.commit()
+
+    def rows(self) -> Iterator[Location]:
+        """Return all rows, dead ones included, page by page."""
+        for page in range(self.settings.first_bucket, self.settings.num_pages):
+            image = self._pages.read(page)
+            for row in _rows(image).values():
+                sequence, offset = _ROW.unpack_from(row)
+                yield Location(sequence, offset, unpack_body(row, _ROW.size))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._pages.close()
+
+    def _pages_of(self, key: bytes) -> tuple[int, int]:
+        buckets, first = self._num_buckets, self.settings.first_bucket
+        one = int.from_bytes(key[:8], "little") % buckets
+        other = int.from_bytes(key[8:], "little") % buckets
+        return first + one, first + (other if other != one else (one + 1) % buckets)
+
+    def _fits(self, rows: dict[bytes, bytes], row: bytes) -> bool:
+        used = sum(map(len, rows.values())) + (KEY_BYTES + 4) * (len(rows) + 1)
+        return used + len(row) <= self._capacity
+
+    def _stage(self, page: int, rows: dict[bytes, bytes]) -> None:
+        ends, end = [], 0
+        for row in rows.values():
+            end += len(row)
+            ends.append(end)
+        parts = [_COUNT.pack(len(rows)), *rows, struct.pack(f"<{len(ends)}I", *ends), *rows.values()]
+        self._pages.stage(page, b"".join(parts))
+
+
+def _shape_error(path: str, found: bytes) -> WrongShapeError | FormatError:
+    version, limit_bytes, segment_bytes, num_segments, chunk_tokens = _SETTINGS.unpack(found)
+    if version != FORMAT_VERSION:
+        return FormatError(f"{path} has format version {version}; this program reads and writes {FORMAT_VERSION}")
+    return WrongShapeError(
+        IndexSettings(
+            limit_bytes=limit_bytes, segment_bytes=segment_bytes, num_segments=num_segments, chunk_tokens=chunk_tokens
+        )
+    )
+
+
+def _row_span(image: bytes, key: bytes) -> tuple[int, int] | None:
+    """Return where in the bucket `image` the row of `key` starts and ends."""
+    (count,) = _COUNT.unpack_from(image, PAYLOAD_OFFSET)
+    ends_at = _KEYS_AT + KEY_BYTES * count
+    found = image.find(key, _KEYS_AT, ends_at)
+    while found >= 0 and (found - _KEYS_AT) % KEY_BYTES:
+        found = image.find(key, found + 1, ends_at)
+    if found < 0:
+        return None
+    number = (found - _KEYS_AT) // KEY_BYTES
+    rows_at = ends_at + 4 * count
+    start = _COUNT.unpack_from(image, ends_at + 4 * (number - 1))[0] if number else 0
+    return rows_at + start, rows_at + _COUNT.unpack_from(image, ends_at + 4 * number)[0]
+
+
+def _rows(image: bytes) -> dict[bytes, bytes]:
+    (count,) = _COUNT.unpack_from(image, PAYLOAD_OFFSET)
+    ends_at = _KEYS_AT + KEY_BYTES * count
+    rows_at = ends_at + 4 * count
+    ends = struct.unpack_from(f"<{count}I", image, ends_at)
+    starts = (0, *ends)[:-1]
+    return {
+        image[_KEYS_AT + KEY_BYTES * n : _KEYS_AT + KEY_BYTES * (n + 1)]: image[rows_at + start : rows_at + end]
+        for n, (start, end) in enumerate(zip(starts, ends, strict=True))
+    }
+
+
+def _sequence(row: bytes) -> int:
+    return int.from_bytes(row[:8], "little")
