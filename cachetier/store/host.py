@@ -21,6 +21,7 @@ from cachetier.store.s3fifo import S3Fifo
 
 EVICTIONS_PER_FRAME_MAX = 256  # chunks of mixed classes may have to go before one frame of the right class is free
 TENANT_STEPS_MAX = 2048
+SLAB_EVERY = 16  # comparing slabs costs more than evicting a chunk, and ages change slowly
 
 
 class Tenant:
@@ -185,7 +186,8 @@ class HostTable:
         queues = [queue for classes, queue in self._queues.items() if held in classes and len(queue)]
         queue = max(queues, key=len, default=None)
         oldest = queue.oldest() if queue else None
-        if len(self._queues) > len(queues) and self._take_slab(size, oldest.age if oldest else self._ages + 1):
+        is_time = oldest is None or (len(self._queues) > 1 and self.num_evicted % SLAB_EVERY == 0)
+        if is_time and self._take_slab(size, oldest.age if oldest else self._ages + 1):
             return True
         victim = queue.victim(self._evictable) if queue else None
         if victim is not None:
