@@ -45,11 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     os.umask(0o077)
     config = server_config(args)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    _log_to_stderr(config.log_level)
     store = Store(config)
 
     def announce() -> None:
@@ -75,6 +71,13 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     from_file = {key.replace("-", "_"): value for key, value in read_toml(args.config).items()} if args.config else {}
     source = f"command line and {args.config}" if args.config else "command line"
     return from_mapping(ServerConfig, from_file | given, source)
+
+
+def _log_to_stderr(level: str) -> None:
+    text = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(stream=sys.stderr, level=level.upper(), format=text)
+    # aiohttp would quote what it could not parse, which may be anybody's prompt or salt.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
 
 
 def _metavar(field: "dataclasses.Field[Any]") -> str:
