@@ -7,12 +7,14 @@ namespaces.txt, index/, segments/   see namespaces.py, index.py, segments.py
 server.json      {"pid", "socket", "instance"} while a server answers
 """
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 
 import xxhash
 
@@ -85,6 +87,26 @@ class DataDir:
         os.close(self._lock)
 
 
+@contextlib.contextmanager
+def lock_existing(path: str) -> Iterator[tuple[str, int]]:
+    """Lock a data directory that exists, and give its real path and its tokens a chunk.
+
+    Raises:
+        InUseError: another process has locked it.
+        StorageError: it is no data directory.
+        FormatError: it has another format version.
+    """
+    meta = _read_meta(path) if os.path.isdir(path) else None
+    if meta is None:
+        raise StorageError(f"{path} is no data directory: it has no intact meta.json")
+    _check_version(path, meta)
+    descriptor = _lock(os.path.realpath(path))
+    try:
+        yield os.path.realpath(path), meta["chunk_tokens"]
+    finally:
+        os.close(descriptor)
+
+
 def disk_shape(config: ServerConfig) -> IndexSettings:
     """Return how the size limit is divided: index, segments, and a little for the rest.
 
@@ -145,15 +167,19 @@ def _check_of(meta: dict[str, int]) -> str:
     return str(xxhash.xxh64_hexdigest(json.dumps(meta, sort_keys=True).encode()))
 
 
+def _check_version(path: str, meta: dict[str, int]) -> None:
+    if meta.get("format") != FORMAT_VERSION:
+        raise FormatError(
+            f"the data directory {path} has format version {meta.get('format')}; this program reads and writes "
+            f"version {FORMAT_VERSION}: use the program that made it, or another directory"
+        )
+
+
 def _check_meta(path: str, config: ServerConfig) -> None:
     wanted = {"format": FORMAT_VERSION, "chunk_tokens": config.chunk_tokens, "segment_bytes": config.segment_bytes}
     meta = _read_meta(path)
     if meta:
-        if meta.get("format") != FORMAT_VERSION:
-            raise FormatError(
-                f"the data directory {path} has format version {meta.get('format')}; this program reads and writes "
-                f"version {FORMAT_VERSION}: use the program that made it, or another directory"
-            )
+        _check_version(path, meta)
         if meta["chunk_tokens"] != config.chunk_tokens:
             raise FormatError(
                 f"the data directory {path} was made with chunk_tokens={meta['chunk_tokens']}, not "

@@ -74,14 +74,6 @@ class IndexSettings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class WrongShapeError(Exception):
-    """The index file was made with other settings, `found`. Never leaves `storage`."""
-
-    def __init__(self, found: IndexSettings) -> None:
-        super().__init__(str(found))
-        self.found = found
-
-
 class SegmentEntry(msgspec.Struct):
     """What the segment table says about one segment file."""
 
@@ -102,24 +94,19 @@ class Index:
     """Rows by chain key, and the segment table."""
 
     def __init__(self, path: str, settings: IndexSettings, files: FileLayer) -> None:
-        """Open the index at `path` or make an empty one.
+        """Open the index at `path`, which has this shape (`read_settings`), or make an empty one.
 
         Raises:
-            WrongShapeError: the file was made with other settings.
-            FormatError: another version made it.
             OSError: the disk is full or fails.
         """
         self.settings = settings
         self._pages = PageFile(path, settings.num_pages, settings.page_bytes, files)
         self._num_buckets = settings.num_pages - settings.first_bucket
         self._capacity = settings.page_bytes - _KEYS_AT
-        found = self._pages.read(0)[PAYLOAD_OFFSET : PAYLOAD_OFFSET + _SETTINGS.size]
-        if not any(found):
-            self._pages.stage(0, settings.pack())
-            self._pages.commit()
-        elif found != settings.pack():
-            self._pages.close()
-            raise _shape_error(path, found)
+        if self._pages.num_copies(0) < 2:
+            for _ in range(2):  # both slots hold the settings: a flipped bit loses neither shape nor version
+                self._pages.stage(0, settings.pack())
+                self._pages.commit()
 
     @property
     def num_bad_pages(self) -> int:
@@ -211,6 +198,20 @@ class Index:
                 sequence, offset = _ROW.unpack_from(row)
                 yield Location(sequence, offset, unpack_body(row, _ROW.size))
 
+    def damaged_pages(self) -> list[int]:
+        """Read both slots of every page; return the pages of which one is neither intact nor blank."""
+        return [page for page in range(self.settings.num_pages) if self._pages.damaged_slots(page)]
+
+    def repair_page(self, page: int) -> None:
+        """Replace both slots of a damaged page by its intact image, or by a blank one.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        for _ in range(2):
+            self._pages.stage(page, self._pages.read(page)[PAYLOAD_OFFSET:])
+            self._pages.commit()
+
     def close(self) -> None:
         """Close the file."""
         self._pages.close()
@@ -234,15 +235,22 @@ class Index:
         self._pages.stage(page, b"".join(parts))
 
 
-def _shape_error(path: str, found: bytes) -> WrongShapeError | FormatError:
-    version, limit_bytes, segment_bytes, num_segments, chunk_tokens = _SETTINGS.unpack(found)
-    if version != FORMAT_VERSION:
-        return FormatError(f"{path} has format version {version}; this program reads and writes {FORMAT_VERSION}")
-    return WrongShapeError(
-        IndexSettings(
-            limit_bytes=limit_bytes, segment_bytes=segment_bytes, num_segments=num_segments, chunk_tokens=chunk_tokens
-        )
-    )
+def read_settings(path: str, chunk_tokens: int, files: FileLayer) -> IndexSettings | None:
+    """Return the shape of the index at `path`; None: both copies of its settings are damaged.
+
+    Raises:
+        FormatError: another version made it.
+        OSError: the disk fails.
+    """
+    shape = IndexSettings(limit_bytes=0, segment_bytes=0, num_segments=0, chunk_tokens=chunk_tokens)
+    pages = PageFile(path, 1, shape.page_bytes, files)
+    try:
+        version, *found = _SETTINGS.unpack_from(pages.read(0), PAYLOAD_OFFSET)
+    finally:
+        pages.close()
+    if version not in {0, FORMAT_VERSION}:
+        raise FormatError(f"{path} has format version {version}; this program reads and writes {FORMAT_VERSION}")
+    return IndexSettings(**dict(zip(IndexSettings.__struct_fields__, found, strict=True))) if version else None
 
 
 def _row_span(image: bytes, key: bytes) -> tuple[int, int] | None:

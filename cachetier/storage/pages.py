@@ -97,6 +97,10 @@ class PageFile:
                 self._current[page] = self._target(page)
             self._staged = {}
 
+    def num_copies(self, page: int) -> int:
+        """Return how many slots of `page` hold an intact image."""
+        return sum(_generation(image) > 0 and self._is_intact(image, page) for image in self._slots(page))
+
     def damaged_slots(self, page: int) -> int:
         """Return how many of the two slots of `page` are neither intact nor blank."""
         return sum(not self._is_intact(image, page) for image in self._slots(page))

@@ -3,9 +3,12 @@
 import os
 
 from cachetier.storage.file_layer import FileLayer
-from cachetier.storage.index import Index, IndexSettings, SegmentEntry, WrongShapeError
+from cachetier.storage.index import Index, IndexSettings, SegmentEntry, read_settings
 from cachetier.storage.records import pack_body
 from cachetier.storage.segments import SegmentFiles
+
+INDEX_FILE = "chunks.idx"
+_NEW_FILE = "chunks.new"
 
 
 def open_index(folder: str, settings: IndexSettings, segments: SegmentFiles, files: FileLayer) -> Index:
@@ -17,23 +20,21 @@ def open_index(folder: str, settings: IndexSettings, segments: SegmentFiles, fil
         FormatError: another version wrote it.
         OSError: the disk is full or fails.
     """
-    path = os.path.join(folder, "chunks.idx")
+    path = os.path.join(folder, INDEX_FILE)
     names = files.listdir(folder)
-    if "chunks.new" in names:
-        files.unlink(os.path.join(folder, "chunks.new"))
-    try:
-        if "chunks.idx" in names:
-            return Index(path, settings, files)
-        old = None
-    except WrongShapeError as error:
-        old = Index(path, error.found, files)
-    made = Index(os.path.join(folder, "chunks.new"), settings, files)
-    if old:
+    if _NEW_FILE in names:
+        files.unlink(os.path.join(folder, _NEW_FILE))
+    found = read_settings(path, settings.chunk_tokens, files) if INDEX_FILE in names else None
+    if INDEX_FILE in names and found in {None, settings}:
+        return Index(path, settings, files)
+    made = Index(os.path.join(folder, _NEW_FILE), settings, files)
+    if found:
+        old = Index(path, found, files)
         _copy(old, made)
         old.close()
     else:
         _rebuild(made, segments)
-    files.rename(os.path.join(folder, "chunks.new"), path)
+    files.rename(os.path.join(folder, _NEW_FILE), path)
     files.fsync_dir(folder)
     return made
 

@@ -1,0 +1,338 @@
+"""The log: records appended to one segment after the other, the index rows that name them, and giving segments up.
+
+Order of a group: payloads, `fdatasync`, index rows, `fdatasync`. What the index names is therefore on disk, and a crash
+leaves at most records that nothing names. The segment table lags one group behind on purpose: at open the records
+behind the newest segment's tail are read once more, at most two groups of them, and counted if the index names them.
+
+Eviction takes the oldest segment whole. One segment file is always free: the chunks that were hit or are leased are
+copied from the oldest segment into it before the oldest is given up, so at no moment is a chunk to keep not on disk.
+
+Locking: `write`, `remove`, `close` and `check_integrity` belong to one thread at a time (DiskTier's write lock); `find`
+and `read` run on any thread. `_lock` guards, for moments only, which segments are alive and how many reads are under
+way in each; a segment's file is not written again while one is.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from cachetier.core.keys import ChainKey
+from cachetier.core.layout import frame_bytes
+from cachetier.storage.file_layer import FileLayer
+from cachetier.storage.index import IndexSettings, Location, SegmentEntry
+from cachetier.storage.records import DiskChunk, header_bytes_of, pack_body, pack_header, unpack_header
+from cachetier.storage.recovery import open_index, recover_table
+from cachetier.storage.segments import SegmentFiles, aligned_buffer
+
+_BUFFERS_MAX = 1000  # of one pwritev; Linux takes 1024
+_CARRY_BYTES = 8 << 20
+_log = logging.getLogger(__name__)
+
+
+class ChunkToWrite(msgspec.Struct, frozen=True, kw_only=True):
+    """A chunk for `append`: its description, and its whole frames (object and digests) in the order of its tiling.
+
+    Frames start at page-aligned addresses; their sizes add up to `chunk.payload_bytes()`.
+    """
+
+    chunk: DiskChunk
+    frames: list[memoryview]
+
+
+class DiskCounters(msgspec.Struct):
+    """What happened since `open`."""
+
+    write_errors: int = 0  # groups that could not be written or made durable
+    read_errors: int = 0  # reads that failed or met a record that is not the one looked for
+    refused: int = 0  # chunks that were given to `append` and not stored
+    dropped: int = 0  # chunks forgotten by `drop` or after a failed read
+    carried: int = 0  # chunks that were copied out of a reclaimed segment
+    evicted: int = 0  # chunks that went with a reclaimed segment or out of a full page of the index
+    reclaimed_segments: int = 0
+    bad_pages: int = 0  # slots of index pages that did not match their checksum
+
+
+class _Item(msgspec.Struct, frozen=True):
+    """A chunk on its way to disk."""
+
+    write: ChunkToWrite
+    body: bytes
+
+    @property
+    def record_bytes(self) -> int:
+        return header_bytes_of(len(self.body)) + self.write.chunk.payload_bytes()
+
+
+class SegmentLog:
+    """Segments, segment table and index together.
+
+    Attributes:
+        num_rows: chunks that are durable and visible.
+        counters: what happened since it was opened.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        settings: IndexSettings,
+        files: FileLayer,
+        is_hot: Callable[[ChainKey], bool],
+        is_pinned: Callable[[ChainKey], bool],
+    ) -> None:
+        """Open and recover what lies in `folder`.
+
+        Raises:
+            FormatError: another version wrote it.
+            OSError: the disk fails or has no room for the index.
+        """
+        self.counters = DiskCounters()
+        self._is_hot, self._is_pinned = is_hot, is_pinned
+        self._segments = SegmentFiles(os.path.join(folder, "segments"), settings.segment_bytes, files)
+        self._segments.open_existing(settings.num_segments)
+        self._index = open_index(os.path.join(folder, "index"), settings, self._segments, files)
+        self._table = recover_table(self._index, self._segments)
+        self._slot_of = {entry.sequence: slot for slot, entry in enumerate(self._table) if entry.sequence}
+        self._active = self._slot_of[max(self._slot_of)] if self._slot_of else None
+        self._changed = set(range(len(self._table)))
+        self._lock = threading.Condition()
+        self._reading: Counter[int] = Counter()
+        self.num_rows = self._count_rows()
+
+    def find(self, key: ChainKey) -> Location | None:
+        """Return where the chunk `key` lies; a disk that fails makes it a miss."""
+        try:
+            location = self._index.find(key)
+        except OSError as error:
+            self.counters.read_errors += 1
+            _log.warning("the index cannot be read: %s", error)
+            return None
+        return location if location and location.sequence in self._slot_of else None
+
+    def read(self, location: Location, frames: Sequence[memoryview]) -> bool | None:
+        """Fill `frames` with the chunk at `location`; False: it cannot be read; None: its segment is gone."""
+        with self._lock:
+            slot = self._slot_of.get(location.sequence)
+            if slot is None:
+                return None
+            self._reading[slot] += 1
+        try:
+            if self._read_record(slot, location, frames):
+                return True
+            _log.warning("the record of chunk %s is damaged", location.chunk.key.hex())
+        except OSError as error:
+            _log.warning("chunk %s cannot be read: %s", location.chunk.key.hex(), error)
+        finally:
+            with self._lock:
+                self._reading[slot] -= 1
+                self._lock.notify_all()
+        self.counters.read_errors += 1
+        return False
+
+    def write(self, chunks: Sequence[ChunkToWrite]) -> set[ChainKey]:
+        """Write chunks that are not stored yet; return the keys of those that are durable and visible now."""
+        return {item.write.chunk.key for item in self._write_all([_Item(w, pack_body(w.chunk)) for w in chunks])}
+
+    def remove(self, keys: Iterable[ChainKey]) -> None:
+        """Remove rows, durably.
+
+        Raises:
+            OSError: the disk fails; the rows may still be there.
+        """
+        for key in keys:
+            sequence = self._index.remove(key)
+            if sequence in self._slot_of:
+                self._forget_row(sequence)
+        self._index.commit()
+        self.num_rows = self._count_rows()
+
+    @property
+    def num_bad_pages(self) -> int:
+        """Slots of index pages that did not match their checksum."""
+        return self._index.num_bad_pages
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes taken on disk: the index and the segment files that exist, filled or not."""
+        return self._index.file_bytes + self._segments.num_files * self._segments.segment_bytes
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if rows, segment table and files contradict each other; nothing may be staged."""
+        rows = Counter(location.sequence for location in self._index.rows() if location.sequence in self._slot_of)
+        for slot, entry in enumerate(self._table):
+            assert 0 <= entry.tail <= self._segments.segment_bytes
+            if entry.sequence:
+                assert slot in self._segments, f"segment {slot} has no file"
+                assert self._slot_of[entry.sequence] == slot
+                assert rows[entry.sequence] == entry.num_rows, f"segment {slot}: {rows} rows, {entry}"
+        assert any(not entry.sequence for entry in self._table), "no free segment"
+        assert self.num_rows == sum(rows.values())
+
+    def close(self) -> None:
+        """Write the books and close all files."""
+        try:
+            self._index.stage_table(self._table, self._changed)
+            self._index.commit()
+        except OSError as error:
+            _log.warning("the segment table is not up to date: %s", error)
+        self._index.close()
+        self._segments.close()
+
+    def _read_record(self, slot: int, location: Location, frames: Sequence[memoryview]) -> bool:
+        chunk = location.chunk
+        if [len(frame) for frame in frames] != [frame_bytes(size) for size in chunk.object_bytes]:
+            raise ValueError(f"the frames do not have the sizes of the objects {chunk.object_bytes}")
+        scratch = self._segments.header_scratch(header_bytes_of(len(pack_body(chunk))))
+        self._segments.read(slot, [scratch, *frames], location.offset)
+        header = unpack_header(bytes(scratch))
+        return header is not None and header.sequence == location.sequence and header.chunk == chunk
+
+    def _write_all(self, items: list[_Item]) -> list[_Item]:
+        """Write `items` in order, rolling over to new segments; return what is stored."""
+        stored: list[_Item] = []
+        batch: list[_Item] = []
+        free = self._free_bytes()
+        for item in items:
+            if item.record_bytes > free:
+                stored += self._write_batch(batch)
+                batch, free = [], self._make_room(item.record_bytes)
+                if item.record_bytes > free:
+                    continue
+            batch.append(item)
+            free -= item.record_bytes
+        return stored + self._write_batch(batch)
+
+    def _free_bytes(self) -> int:
+        return 0 if self._active is None else self._segments.segment_bytes - self._table[self._active].tail
+
+    def _make_room(self, record_bytes: int) -> int:
+        """Roll over until a record of `record_bytes` fits; return the bytes that the active segment has left."""
+        if record_bytes <= self._segments.segment_bytes:
+            for _ in self._table:
+                if self._free_bytes() >= record_bytes:
+                    break
+                try:
+                    self._roll_over()
+                except OSError as error:
+                    self.counters.write_errors += 1
+                    _log.warning("no new segment: %s", error)
+                    break
+        return self._free_bytes()
+
+    def _write_batch(self, items: list[_Item]) -> list[_Item]:
+        """Write `items`, which fit, into the active segment; return those that are durable and visible."""
+        if not items:
+            return []
+        assert self._active is not None
+        slot, entry = self._active, self._table[self._active]
+        before = msgspec.structs.replace(entry)
+        try:
+            self._write_payloads(slot, entry, items)
+            stored = self._put_rows(entry, items)
+            lagging = [*self._table[:slot], before, *self._table[slot + 1 :]]
+            self._index.stage_table(lagging, self._changed | {slot})
+            self._index.commit()
+        except OSError as error:
+            self.counters.write_errors += 1
+            _log.warning("%d chunks were not stored: %s", len(items), error)
+            return []
+        self._changed = {slot}
+        self.num_rows = self._count_rows()
+        return stored
+
+    def _write_payloads(self, slot: int, entry: SegmentEntry, items: list[_Item]) -> None:
+        headers = aligned_buffer(sum(header_bytes_of(len(item.body)) for item in items))
+        buffers: list[memoryview] = []
+        start, offset, length = 0, entry.tail, 0
+        for item in items:
+            header = pack_header(item.body, item.write.chunk.payload_bytes(), entry.sequence)
+            headers[start : start + len(header)] = header
+            if len(buffers) + 1 + len(item.write.frames) > _BUFFERS_MAX:
+                self._segments.write(slot, buffers, offset)
+                offset, length, buffers = offset + length, 0, []
+            buffers += [headers[start : start + len(header)], *item.write.frames]
+            start, length = start + len(header), length + item.record_bytes
+        self._segments.write(slot, buffers, offset)
+        self._segments.sync(slot)
+
+    def _put_rows(self, entry: SegmentEntry, items: list[_Item]) -> list[_Item]:
+        stored = []
+        for item in items:
+            gone = self._index.put(item.write.chunk.key, entry.sequence, entry.tail, item.body, self._slot_of)
+            entry.tail += item.record_bytes
+            if gone is not None:
+                stored.append(item)
+                entry.num_rows += 1
+                for sequence in gone:
+                    self._forget_row(sequence)
+        return stored
+
+    def _forget_row(self, sequence: int) -> None:
+        slot = self._slot_of[sequence]
+        self._table[slot].num_rows -= 1
+        self._changed.add(slot)
+
+    def _roll_over(self) -> None:
+        """Make a free segment the active one, and the oldest one free if it was the last."""
+        free = [slot for slot, entry in enumerate(self._table) if not entry.sequence]
+        slot = min(free, key=lambda s: s not in self._segments)
+        with self._lock:
+            self._lock.wait_for(lambda: not self._reading[slot])
+        self._segments.activate(slot)
+        sequence = max(time.time_ns(), max(self._slot_of, default=0) + 1)  # never used twice, whatever was lost
+        self._table[slot] = SegmentEntry(sequence)
+        self._index.stage_table(self._table, self._changed | {slot})
+        try:
+            self._index.commit()
+        except OSError:
+            self._table[slot] = SegmentEntry()
+            raise
+        with self._lock:
+            self._slot_of = {**self._slot_of, sequence: slot}
+        self._active = slot
+        self._changed = {slot}
+        if len(free) == 1:
+            self._reclaim(self._slot_of[min(self._slot_of)])
+
+    def _reclaim(self, slot: int) -> None:
+        """Carry over what is to be kept of a segment, then free it."""
+        entry = self._table[slot]
+        try:
+            self._carry_over(slot, entry)
+        except OSError as error:
+            self.counters.read_errors += 1
+            _log.warning("segment %d cannot be read: %s", slot + 1, error)
+        with self._lock:
+            self._slot_of = {sequence: s for sequence, s in self._slot_of.items() if s != slot}
+        self.counters.evicted += entry.num_rows
+        self.counters.reclaimed_segments += 1
+        self._table[slot] = SegmentEntry()
+        self._changed.add(slot)
+        self.num_rows = self._count_rows()
+
+    def _carry_over(self, slot: int, entry: SegmentEntry) -> None:
+        budget = self._segments.segment_bytes // 2
+        batch: list[_Item] = []
+        for offset, header in self._segments.headers(slot, entry.sequence, 0):
+            key = header.chunk.key
+            location = self.find(key)
+            if location is None or (location.sequence, location.offset) != (entry.sequence, offset):
+                continue
+            is_kept = self._is_pinned(key) or (header.record_bytes <= budget and self._is_hot(key))
+            if not is_kept or header.record_bytes > self._free_bytes() - sum(item.record_bytes for item in batch):
+                continue
+            budget -= header.record_bytes
+            payload = aligned_buffer(header.record_bytes - header.header_bytes)
+            self._segments.read(slot, [payload], offset + header.header_bytes)
+            batch.append(_Item(ChunkToWrite(chunk=header.chunk, frames=[payload]), pack_body(header.chunk)))
+            if sum(item.record_bytes for item in batch) >= _CARRY_BYTES:
+                self.counters.carried += len(self._write_batch(batch))
+                batch = []
+        self.counters.carried += len(self._write_batch(batch))
+
+    def _count_rows(self) -> int:
+        return sum(entry.num_rows for entry in self._table if entry.sequence)
