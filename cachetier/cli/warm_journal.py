@@ -8,9 +8,10 @@ ignored. One process at a time holds it (flock). Used by the event loop's thread
 
 import fcntl
 import os
+import stat
 import time
 
-from cachetier.core.errors import ConfigError
+from cachetier.core.errors import ConfigError, StorageError
 
 _TITLE = b"cachetier warm journal 1\n"
 _DIGEST_BYTES = 16
@@ -44,15 +45,22 @@ class Journal:
         return digest in self._done
 
     def add(self, digest: bytes) -> None:
-        """Note that the prompt with `digest` was answered."""
+        """Note that the prompt with `digest` was answered.
+
+        Raises:
+            StorageError: it cannot be written, because the disk is full for example.
+        """
         if digest in self._done:
             return
         self._done.add(digest)
-        os.write(self._file, digest.hex().encode() + b"\n")
         now = time.monotonic()
-        if now - self._synced_at >= SYNC_INTERVAL_S:
-            os.fdatasync(self._file)
-            self._synced_at = now
+        try:
+            os.write(self._file, digest.hex().encode() + b"\n")
+            if now - self._synced_at >= SYNC_INTERVAL_S:
+                os.fdatasync(self._file)
+                self._synced_at = now
+        except OSError as error:
+            raise StorageError(f"journal {self._path}: {error}") from error
 
     def close(self, *, remove: bool) -> None:
         """Sync and close; `remove` deletes the file, for a run that has nothing left to resume."""
@@ -67,8 +75,9 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(f"journal {self._path}: another warm-up is using it") from error
+        is_file = stat.S_ISREG(os.fstat(self._file).st_mode)
         with open(self._file, "rb", closefd=False) as file:
-            data = file.read()
+            data = file.read() if is_file else b"?"
         if not data.startswith(_TITLE) and not _TITLE.startswith(data):
             raise ConfigError(f"journal {self._path}: this file is something else; name another one")
         if not resume or len(data) < len(_TITLE):

@@ -95,7 +95,7 @@ def running(engine: FakeEngine, socket: str = "") -> Iterator[FakeEngine]:
         app.router.add_post("/v1/completions", engine.complete)
         app.router.add_post("/v1/chat/completions", engine.complete)
         app.router.add_get("/v1/stats", engine.stats)
-        runners.append(web.AppRunner(app, shutdown_timeout=0.1))
+        runners.append(web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True))
         await runners[0].setup()
         await web.TCPSite(runners[0], "127.0.0.1", 0).start()
         if socket:

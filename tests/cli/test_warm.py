@@ -1,6 +1,5 @@
 """The whole command against a server that speaks the engine's interface."""
 
-import argparse
 import asyncio
 import json
 import os
@@ -13,20 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from cachetier.cli import warm
+from cachetier.cli.main import main
 from cachetier.cli.warm_engine import Backoff, Engine, Refused, Sent, TooLong, outcome_of
 from cachetier.cli.warm_input import COMPLETIONS_PATH, Prompt
 from cachetier.cli.warm_progress import TierCounters
+from cachetier.cli.warm_up import default_journal
 from cachetier.core.errors import ConfigError, UnavailableError
 from tests.cli.openai_server import FakeEngine, running
-
-LAUNCH = """
-import argparse, sys
-from cachetier.cli import warm
-parser = argparse.ArgumentParser()
-warm.add_parser(parser.add_subparsers(required=True))
-sys.exit(warm.run(parser.parse_args()))
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +34,11 @@ def engine(tmp_path: Path) -> Iterator[FakeEngine]:
 
 
 def warm_up(engine: FakeEngine, *arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    warm.add_parser(parser.add_subparsers(required=True))
-    return warm.run(parser.parse_args(["warm", "--url", engine.url, *map(str, arguments)]))
+    return main(["warm", "--url", engine.url, *map(str, arguments)])
 
 
 def started(engine: FakeEngine, *arguments: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", LAUNCH, "warm", "--url", engine.url, *map(str, arguments)]
+    command = [sys.executable, "-m", "cachetier.cli.main", "warm", "--url", engine.url, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -140,9 +130,9 @@ class TestModels:
     ) -> None:
         engine.models = ["tiny", "big"]
         write_prompts(tmp_path / "p.jsonl", 1)
-        assert warm_up(engine, "--model", "huge", tmp_path / "p.jsonl") == 1
+        assert warm_up(engine, "--model", "huge", tmp_path / "p.jsonl") == 2
         assert "does not serve 'huge'; it serves tiny, big" in capsys.readouterr().err
-        assert warm_up(engine, tmp_path / "p.jsonl") == 1
+        assert warm_up(engine, tmp_path / "p.jsonl") == 2
         assert "name one of the models with --model" in capsys.readouterr().err
         assert engine.requests == []
         assert warm_up(engine, "--model", "big", tmp_path / "p.jsonl") == 0
@@ -168,19 +158,19 @@ class TestModels:
         assert warm_up(engine, tmp_path / "p.jsonl") == 0
 
     @pytest.mark.parametrize(
-        ("url", "words"),
+        ("url", "words", "code"),
         [
-            ("http://127.0.0.1:9", "no engine answers at http://127.0.0.1:9"),
-            ("ftp://x", "write http://HOST:PORT"),
+            ("http://127.0.0.1:9", "no engine answers at http://127.0.0.1:9", 1),
+            ("ftp://x", "write http://HOST:PORT", 2),
         ],
     )
     def test_an_engine_that_cannot_be_reached_is_named(
-        self, url: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, url: str, words: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         unreachable = FakeEngine()
         unreachable.url = url
         write_prompts(tmp_path / "p.jsonl", 1)
-        assert warm_up(unreachable, tmp_path / "p.jsonl") == 1
+        assert warm_up(unreachable, tmp_path / "p.jsonl") == code
         assert words in capsys.readouterr().err
 
     def test_a_server_of_another_kind_is_named(
@@ -195,7 +185,7 @@ class TestModels:
         self, engine: FakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         write_prompts(tmp_path / "p.jsonl", 1)
-        assert warm_up(engine, tmp_path / "p.jsonl", tmp_path / "missing") == 1
+        assert warm_up(engine, tmp_path / "p.jsonl", tmp_path / "missing") == 2
         assert "no such file" in capsys.readouterr().err
         assert warm_up(engine, "--socket", tmp_path / "nobody", tmp_path / "p.jsonl") == 1
         assert "no cachetier server answers" in capsys.readouterr().err
@@ -370,14 +360,14 @@ def test_impossible_options_are_refused(engine: FakeEngine, capsys: pytest.Captu
 
 def test_journals_of_different_runs_are_different(tmp_path: Path) -> None:
     paths = {
-        warm.default_journal(url, model, inputs)
+        default_journal(url, model, inputs)
         for url in ("http://a:1", "http://a:2")
         for model in ("m", "n")
         for inputs in (["x"], ["x", "y"], ["-"])
     }
     assert len(paths) == 12
     os.makedirs(tmp_path / "d")
-    assert warm.default_journal("u", "m", [str(tmp_path / "d")]) == warm.default_journal(
+    assert default_journal("u", "m", [str(tmp_path / "d")]) == default_journal(
         "u", "m", [str(tmp_path / "d" / ".." / "d")]
     )
 

@@ -1,5 +1,6 @@
 """What was answered is remembered across any end of the process; what is damaged is forgotten, not misread."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachetier.cli.warm_journal import Journal
-from cachetier.core.errors import ConfigError
+from cachetier.core.errors import ConfigError, StorageError
 
 DIGESTS = [bytes([number]) * 16 for number in range(20)]
 
@@ -108,6 +109,20 @@ def test_an_unusable_path_is_refused(tmp_path: Path) -> None:
         Journal(str(tmp_path / "file" / "j"), resume=True)
     with pytest.raises(ConfigError, match="journal"):
         Journal(str(tmp_path), resume=True)
+    with pytest.raises(ConfigError, match="something else"):
+        Journal("/dev/zero", resume=True)
+
+
+def test_a_file_that_cannot_grow_is_named(path: str) -> None:
+    journal = Journal(path, resume=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (Path(path).stat().st_size, limits[1]))  # as if the disk were full
+    try:
+        with pytest.raises(StorageError, match="journal"):
+            journal.add(b"\xfe" * 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        journal.close(remove=False)
 
 
 def test_others_cannot_read_it(path: str) -> None:
