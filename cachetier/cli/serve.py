@@ -40,12 +40,14 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError, StorageError: a setting, the data directory or a socket cannot be used.
     """
+    from cachetier.service.server import read_token
     from cachetier.service.server import run as run_server
     from cachetier.store.store import Store
 
     os.umask(0o077)
     config = server_config(args)
     _log_to_stderr(config.log_level)
+    token = read_token(config.token_file) if config.tcp else ""
     store = Store(config)
 
     def announce() -> None:
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         host = format_bytes(config.host_bytes)
         print(f"cachetier ready: unix:{config.socket}, host {host}, {disk}, {store.stats().chunks} chunks", flush=True)
 
-    is_closed = asyncio.run(run_server(config, store, announce, args.parent_pid))
+    is_closed = asyncio.run(run_server(config, store, announce, token=token, parent_pid=args.parent_pid))
     if not is_closed:
         logging.shutdown()
         os._exit(0)  # a thread still waits for the disk; what it has is safe, what it has not is lost

@@ -31,15 +31,19 @@ BACKLOG = 512
 log = logging.getLogger(__name__)
 
 
-async def run(config: ServerConfig, store: Store, on_ready: Callable[[], None], parent_pid: int = 0) -> bool:
+async def run(
+    config: ServerConfig, store: Store, on_ready: Callable[[], None], *, token: str = "", parent_pid: int = 0
+) -> bool:
     """Serve `store` until SIGTERM or SIGINT, or until the process `parent_pid` is gone; then flush and close it.
+
+    `token` is what TCP clients must send.
 
     Returns:
         Whether the store could be closed in time; if not, the process should end at once, and what was not flushed
         is lost.
 
     Raises:
-        ConfigError: a socket, the port or the token file cannot be used. The store is closed.
+        ConfigError: the socket or the port cannot be used. The store is closed.
     """
     service = Service(store)
     loop = asyncio.get_running_loop()
@@ -49,7 +53,7 @@ async def run(config: ServerConfig, store: Store, on_ready: Callable[[], None], 
     try:
         runners.append(await _listen_unix(service, config.socket))
         if config.tcp:
-            runners.append(await _listen_tcp(service, config.tcp, read_token(config.token_file)))
+            runners.append(await _listen_tcp(service, config.tcp, token))
         store.data_dir.publish(store.instance, os.path.abspath(config.socket))
         on_ready()
         await _tick_until_stopped(service, parent_pid)

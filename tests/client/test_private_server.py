@@ -126,3 +126,4 @@ def test_child_ends_when_its_engine_is_killed(tmp_path: Path) -> None:
     while os.path.exists(f"/proc/{pid}"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert not (tmp_path / "data" / "server.json").exists(), "it ended in order"

@@ -1,7 +1,5 @@
 """A session lives exactly as long as its watch connection."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ import pytest
 from cachetier.client import Client
 from cachetier.core.errors import ProtocolError
 from cachetier.core.messages import Renew
+from cachetier.store.leases import SESSION_LEASE_TIMES
 from tests.service.running import SMALL, TIMEOUT_S, RunningServer, TinyEngine, environment, tokens_of
 
 LEASE_HOLDER = """
@@ -46,8 +45,7 @@ def seconds_until(is_true: Callable[[], bool], limit_s: float) -> float:
     return time.monotonic() - start
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_client_gives_its_leases_back_within_a_second(tmp_path: Path, number: int) -> None:
+def test_killed_client_gives_its_leases_back_within_a_second(tmp_path: Path) -> None:
     with RunningServer(tmp_path / "data", *SMALL, "--lease-ttl-s", "600") as server:
         engine = TinyEngine(server.socket_path)
         assert engine.store(tokens_of(1, 4)) == 4
@@ -61,7 +59,7 @@ def test_killed_client_gives_its_leases_back_within_a_second(tmp_path: Path, num
         assert all(int(lease) for lease in leases)
         held = stats_of(engine.client)
         assert (held["leases"], held["chunks_pending"], held["sessions"]) == (2, 4, sessions + 1)
-        os.kill(child.pid, number)
+        child.kill()
         child.wait()
         seconds_until(lambda: stats_of(engine.client)["leases"] == 0, 1.0)
         after = stats_of(engine.client)
@@ -71,9 +69,10 @@ def test_killed_client_gives_its_leases_back_within_a_second(tmp_path: Path, num
         engine.close()
 
 
-def test_watched_session_survives_silence_longer_than_the_lease_time(server: RunningServer) -> None:
+@pytest.mark.slow
+def test_watched_session_may_be_silent(server: RunningServer) -> None:
     engine = TinyEngine(server.socket_path)
-    time.sleep(3.2)
+    time.sleep(SESSION_LEASE_TIMES + 2.0)
     assert engine.session.is_open()
     engine.client.call(Renew(session=engine.session.id, leases=[]), TIMEOUT_S)
     engine.close()
