@@ -169,7 +169,8 @@ class Flusher:
                 stored = self._disk.append([self._to_write(chunk) for chunk in group])
             except Exception:  # the thread's boundary
                 logger.exception("%d chunks could not be written", len(group))
-        gone = [key for key in self._pins.take_leaving() if self._disk.lookup(key) is None]
+        leaving = self._pins.take_leaving()
+        gone = [key for key in leaving if key in self._table.chunks and self._disk.lookup(key) is None]
         with self._done:
             for chunk, is_stored in zip(group, stored, strict=True):
                 self._note(chunk, is_stored)

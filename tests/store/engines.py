@@ -1,7 +1,9 @@
 """A stand-in for engines: it stores and loads prompts through a `Store` and checks every byte it gets back."""
 
+import functools
 import random
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -41,6 +43,7 @@ def tokens_of(*numbers: int) -> bytes:
     return b"".join(struct.pack("<i", number) * CHUNK_TOKENS for number in numbers)
 
 
+@functools.lru_cache(1024)
 def payload_of(key: bytes, shard: Shard, size: int) -> bytes:
     """Return the bytes that belong into the object `shard` of chunk `key`, whoever stores it."""
     return random.Random(xxhash.xxh64_intdigest(key + shard.pack())).randbytes(size)
@@ -149,9 +152,10 @@ class Engine:
 
     def await_frame(self, offset: int) -> bool:
         """Wait until a frame is filled; False: filling it failed."""
+        deadline = time.monotonic() + 20
         while (state := self.store._arena.state(offset)) not in (STATE_READY, STATE_BAD):
-            with self.store._books.lock:  # lets the threads that fill it run
-                pass
+            assert time.monotonic() < deadline, "a frame was never filled"
+            time.sleep(0.0002)
         return state == STATE_READY
 
     def release(self, reply: MatchReply | ReserveReply, host_tokens: int = 0, disk_tokens: int = 0) -> None:
@@ -172,9 +176,15 @@ class Engine:
             self.store.close_session(session)
 
 
+@functools.lru_cache(1024)
+def digests_of(payload: bytes) -> bytes:
+    """Return the page digests of an object."""
+    return page_digests(memoryview(payload))
+
+
 def write_frame(frame: memoryview, payload: bytes) -> int:
     """Write an object and its digests; return its checksum."""
-    digests = page_digests(memoryview(payload))
+    digests = digests_of(payload)
     start = digests_offset(len(payload))
     frame[: len(payload)] = payload
     frame[start : start + len(digests)] = digests
