@@ -20,7 +20,8 @@ API_KEY_VARIABLE = "VLLM_API_KEY"  # the variable from which `vllm serve` itself
 CONNECT_TIMEOUT_S = 10.0
 REPLY_TIMEOUT_S = 900.0  # without streaming nothing arrives before the whole prefill, queue included, is done
 BUSY_STATUSES = (429, 502, 503, 504)
-TOO_LONG_WORDS = ("context length", "maximum model length", "max_model_len")
+# The last is vLLM's answer to a prompt that fills the context to the last token: no room is left to generate.
+TOO_LONG_WORDS = ("context length", "maximum model length", "max_model_len", "max_tokens must be at least")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

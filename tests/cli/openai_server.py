@@ -73,7 +73,9 @@ class FakeEngine:
             return web.json_response({"error": {"message": "busy"}}, status=status or 500, headers=self.headers)
         prompt = body.get("prompt", body.get("messages"))
         num_tokens = len(prompt) if "prompt" in body else sum(len(message["content"]) for message in prompt)
-        if num_tokens >= MAX_MODEL_LEN:
+        if num_tokens == MAX_MODEL_LEN:
+            return web.json_response({"error": {"message": "max_tokens must be at least 1, got 0."}}, status=400)
+        if num_tokens > MAX_MODEL_LEN:
             text = f"This model's maximum context length is {MAX_MODEL_LEN} tokens. However, you sent {num_tokens}."
             return web.json_response({"error": {"message": text, "type": "BadRequestError"}}, status=400)
         if prompt == "refuse me":

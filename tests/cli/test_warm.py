@@ -1,11 +1,14 @@
 """The whole command against a server that speaks the engine's interface."""
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +40,12 @@ def warm_up(engine: FakeEngine, *arguments: object) -> int:
     return main(["warm", "--url", engine.url, *map(str, arguments)])
 
 
+def command_line(engine: FakeEngine, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", "cachetier.cli.main", "warm", "--url", engine.url, *map(str, arguments)]
+
+
 def started(engine: FakeEngine, *arguments: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "cachetier.cli.main", "warm", "--url", engine.url, *map(str, arguments)]
+    command = command_line(engine, *arguments)
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -94,12 +101,12 @@ class TestSending:
     def test_too_long_and_empty_prompts_are_skipped_and_counted(
         self, engine: FakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        for name, text in {"a.txt": "x" * 5000, "b.txt": "short", "c.txt": ""}.items():
+        for name, text in {"a.txt": "x" * 5000, "b.txt": "short", "c.txt": "", "d.txt": "x" * 1000}.items():
             (tmp_path / name).write_text(text)
         assert warm_up(engine, *sorted(tmp_path.glob("*.txt"))) == 0
         output = capsys.readouterr()
         assert engine.texts() == ["short"]
-        assert "skipped 1: longer than the model's context" in output.out
+        assert "skipped 2: longer than the model's context" in output.out
         assert "skipped 1: empty" in output.out
         assert "a.txt: HTTP 400: This model's maximum context length is 1000" in output.err
 
@@ -122,6 +129,22 @@ class TestSending:
         output = capsys.readouterr()
         assert len(output.err.splitlines()) == 11
         assert "failed 100" in output.out
+
+    def test_a_terminal_shows_prompts_and_tokens_sent_stored_and_hit(self, engine: FakeEngine, tmp_path: Path) -> None:
+        engine.delay_s = 0.03
+        write_prompts(tmp_path / "p.jsonl", 100)
+        ours, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (40, 150))
+        command = command_line(engine, "--socket", engine.socket, "--concurrency", 2, tmp_path / "p.jsonl")
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # a pseudo-terminal's end is an error
+            while part := os.read(ours, 65536):
+                shown += part
+        os.close(ours)
+        assert process.wait() == 0
+        assert re.search(rb"100 prompts \[.*tokens=890, stored=[1-9]\d*, hit=0", shown)
 
 
 class TestModels:
