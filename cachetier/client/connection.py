@@ -13,7 +13,7 @@ from cachetier.core.errors import UnavailableError
 
 MAX_HEADER_BYTES = 16 << 10
 MAX_REPLY_BYTES = 64 << 20
-RECEIVE_BYTES = 256 << 10
+RECEIVE_BYTES = 64 << 10  # more would be past the size from which malloc maps fresh memory: 0.2 ms a call
 
 
 class Reply(NamedTuple):

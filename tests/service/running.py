@@ -179,11 +179,11 @@ class TinyEngine:
         message = Match(session=self.session.id, namespace=self.namespace, tokens=tokens, salt=self.salt, lease=lease)
         return self.client.call(message, TIMEOUT_S)
 
-    def release(self, reply: MatchReply) -> None:
-        """Give the lease of a match back."""
+    def release(self, reply: MatchReply, host_tokens: int = 0) -> None:
+        """Give the lease of a match back, as good for `host_tokens`."""
         if reply.lease:
-            message = Release(session=self.session.id, uses=[LeaseUse(lease=reply.lease)])
-            self.client.call(message, TIMEOUT_S)
+            use = LeaseUse(lease=reply.lease, host_tokens=host_tokens)
+            self.client.call(Release(session=self.session.id, uses=[use]), TIMEOUT_S)
 
     def holds_right_bytes(self, reply: MatchReply) -> bool:
         """Tell whether every frame of a match has the right payload, digests and checksum."""
