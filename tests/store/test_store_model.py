@@ -236,7 +236,7 @@ class QuotaMachine(StoreMachine):
 
 
 QUICK = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=12, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 LONG = settings(QUICK, max_examples=400, stateful_step_count=60)
 
