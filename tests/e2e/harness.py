@@ -1,0 +1,204 @@
+"""Starts real engines and servers for tests, and stops or kills them."""
+
+import contextlib
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "tests" / "model"
+START_S = 240
+REPLY_S = 120
+
+
+class Engine:
+    """A vLLM engine in another process."""
+
+    def __init__(self, log: Path, connector: dict | None = None, probe_dir: Path | None = None, **arguments) -> None:
+        """Start it.
+
+        Args:
+            log: where its output goes.
+            connector: `kv_connector_extra_config`, or None for a plain engine.
+            probe_dir: where the KV of every request goes, if anywhere.
+            arguments: vLLM's engine arguments.
+        """
+        options = {
+            "model": str(MODEL), "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 4096, "seed": 0,
+        } | arguments
+        if connector is not None:
+            name, module = ("ProbeConnector", "tests.e2e.probe_connector") if probe_dir else ("CachetierConnector", None)
+            options["kv_transfer_config"] = {
+                "kv_connector": name, "kv_connector_module_path": module, "kv_role": "kv_both",
+                "kv_connector_extra_config": connector,
+            }
+        read_end, write_end = os.pipe()
+        environment = os.environ | {
+            "CACHETIER_TEST_REPLY_FD": str(write_end), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO",
+            "CACHETIER_TEST_DUMP_DIR": str(probe_dir or ""), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        if options.get("tensor_parallel_size", 1) == 2:
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+        self.log = log
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.e2e.engine_process", json.dumps(options)],
+                stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=[write_end], env=environment,
+                start_new_session=True, cwd=ROOT, text=True,
+            )
+        os.close(write_end)
+        self._replies = os.fdopen(read_end)
+        assert self._read(START_S) == "ready"
+
+    def call(self, name: str, **arguments):
+        """Call a function of `engine_process` and return its reply."""
+        self.start(name, **arguments)
+        return self._read(REPLY_S)
+
+    def start(self, name: str, **arguments) -> None:
+        """Start a call; `finish` returns its reply."""
+        self.process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
+        self.process.stdin.flush()
+
+    def finish(self):
+        """Return the reply of the call that was started."""
+        return self._read(REPLY_S)
+
+    def generate(self, prompts: list[dict], **arguments) -> list[dict]:
+        """Complete `prompts` one after the other, unless told `at_once`."""
+        return self.call("generate", prompts=prompts, **({"at_once": False} | arguments))
+
+    def reset(self, **arguments) -> None:
+        """Empty vLLM's own prefix cache."""
+        assert self.call("reset", **arguments)
+
+    def stop(self) -> None:
+        """Stop it in order."""
+        self.process.stdin.close()
+        try:
+            self.process.wait(40)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill all its processes at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._replies.close()
+
+    def _read(self, timeout_s: float):
+        ready, _, _ = select.select([self._replies], [], [], timeout_s)
+        line = self._replies.readline() if ready else ""
+        if not line:
+            tail = self.log.read_text(errors="replace")[-4000:]
+            raise AssertionError(f"the engine {'died' if ready else f'did not answer within {timeout_s} s'}:\n{tail}")
+        return json.loads(line)
+
+
+class Server:
+    """`cachetier serve` in another process; may be stopped or killed, and started again on the same data."""
+
+    def __init__(self, folder: Path, *options: str, host: str = "256MiB", disk: str = "1GiB") -> None:
+        self.folder, self.data_dir, self.socket = folder, folder / "data", folder / "server.sock"
+        self._options = ["--host-bytes", host, "--disk-bytes", disk, *options]
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it is ready."""
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "cachetier.cli.main", "serve", "--data-dir", str(self.data_dir)),
+                    *("--socket", str(self.socket), *self._options),
+                ],
+                stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT,
+            )
+        line = self.process.stdout.readline()
+        assert line.startswith("cachetier ready"), (self.folder / "server.log").read_text()[-3000:]
+
+    def stop(self) -> None:
+        """SIGTERM: it flushes and exits with 0."""
+        self.process.terminate()
+        assert self.process.wait(15) == 0
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    def stats(self) -> dict:
+        """Return what `cachetier stats --json` says."""
+        command = [sys.executable, "-m", "cachetier.cli.main", "stats", "--socket", str(self.socket), "--json"]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+
+    def wait_for(self, condition, timeout_s: float = 15) -> dict:
+        """Return the first stats for which `condition` holds."""
+        deadline = time.monotonic() + timeout_s
+        while not condition(stats := self.stats()):
+            assert time.monotonic() < deadline, f"still {stats}"
+            time.sleep(0.2)
+        return stats
+
+    def wait_until_durable(self) -> dict:
+        """Wait until everything stored is on disk."""
+        return self.wait_for(lambda stats: stats["chunks"] and stats["chunks_durable"] >= stats["chunks"])
+
+
+@contextlib.contextmanager
+def running(*parts: Engine | Server) -> Iterator[None]:
+    """Kill `parts` at the end, whatever happened."""
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.kill()
+
+
+def prompts_with_shared_prefixes(count: int, seed: int = 0, longest: int = 3000) -> list[dict]:
+    """Return prompts of 3 to `longest` tokens, of which many start like another one, for an odd number of tokens."""
+    rng = random.Random(seed)
+    prompts: list[list[int]] = []
+    for number in range(count):
+        length = longest if number == 1 else max(3, int(longest * rng.random() ** 2))
+        start = []
+        if prompts and number % 2:
+            other = rng.choice(prompts)
+            start = other[: rng.randrange(1, len(other) + 1) | 1]
+        tokens = start[:length] + [rng.randrange(20, 4000) for _ in range(length - len(start))]
+        prompts.append(tokens)
+    return [{"id": f"p{number}", "tokens": tokens} for number, tokens in enumerate(prompts)]
+
+
+def dumped_kv(folder: Path, name: str, num_heads: int = 4, num_layers: int = 4, row: int = 128) -> np.ndarray:
+    """Return the KV that a request's blocks held: uint16 `[tokens, heads, layers, row elements]`, all ranks together."""
+    ranks = []
+    for path in sorted(folder.glob(f"{name}.?.npy")):
+        shards = np.load(path).view(np.uint16)
+        heads = shards.shape[1] * 2 // (16 * num_layers * row)
+        assert heads in (num_heads, num_heads // 2)
+        ranks.append(shards.reshape(-1, heads, num_layers, 16, row // 2).transpose(0, 3, 1, 2, 4))
+    kv = np.concatenate(ranks, axis=2)
+    return kv.reshape(-1, *kv.shape[2:])
+
+
+def as_float(kv: np.ndarray) -> np.ndarray:
+    """Return bfloat16 bits as float32."""
+    return (kv.astype(np.uint32) << 16).view(np.float32)
+
+
+def clear(folder: Path) -> None:
+    """Remove what requests dumped."""
+    shutil.rmtree(folder)
+    folder.mkdir()

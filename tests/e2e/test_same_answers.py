@@ -1,0 +1,165 @@
+"""A hit gives the plain engine's answer and the stored KV, from memory and from disk, after restarts and after kills."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.e2e.harness import Engine, Server, as_float, clear, dumped_kv, prompts_with_shared_prefixes, running
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+
+PROMPTS = prompts_with_shared_prefixes(24)
+CHUNK = 64
+
+
+def loadable(prompt: dict) -> int:
+    """Return how many tokens of a prompt can come from the tier when all of it was stored."""
+    return min(len(prompt["tokens"]) // CHUNK * CHUNK, len(prompt["tokens"]) - 1)
+
+
+def hit(stats: dict, tier: str) -> int:
+    return stats["tokens"]["hit"][tier]
+
+
+def assert_same_answers(found: list[dict], expected: list[dict], noise: float) -> None:
+    """Tokens agree until a near tie; log-probabilities agree within `noise`."""
+    for answer, plain in zip(found, expected, strict=True):
+        steps = zip(answer["tokens"], plain["tokens"], answer["logprobs"], plain["logprobs"], strict=True)
+        for token, plain_token, scores, plain_scores in steps:
+            for name in scores.keys() & plain_scores.keys():
+                assert abs(scores[name] - plain_scores[name]) <= noise
+            if token != plain_token:
+                ranked = sorted(plain_scores.values(), reverse=True)
+                assert ranked[0] - ranked[1] <= 2 * noise, "the tokens differ where it was no near tie"
+                break
+
+
+def logprob_distance(some: list[dict], others: list[dict]) -> float:
+    """Return the largest difference of log-probabilities at equal tokens of equal texts."""
+    worst = 0.0
+    for one, other in zip(some, others, strict=True):
+        for step, other_step, token, other_token in zip(
+            one["logprobs"], other["logprobs"], one["tokens"], other["tokens"], strict=True
+        ):
+            worst = max([worst, *(abs(step[name] - other_step[name]) for name in step.keys() & other_step.keys())])
+            if token != other_token:
+                break
+    return worst
+
+
+def kv_of_all(folder: Path) -> dict[str, np.ndarray]:
+    return {p["id"]: dumped_kv(folder, p["id"]) for p in PROMPTS if len(p["tokens"]) >= 32}
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[list[dict], float]:
+    """The plain engine's answers, and the noise between its own prefill and its own prefix-cache hits."""
+    engine = Engine(Path(os.environ.get("TMPDIR", "/tmp")) / f"cachetier-plain-{os.getpid()}.log")
+    with running(engine):
+        warm_up = [{"id": "w", "tokens": list(range(50, 90))}]
+        engine.generate(warm_up)
+        cold = []
+        for prompt in PROMPTS:
+            engine.reset()
+            cold += engine.generate([prompt])
+        engine.reset()
+        engine.generate([dict(prompt, id=prompt["id"] + "x") for prompt in PROMPTS])
+        warm = engine.generate([dict(prompt, id=prompt["id"] + "y") for prompt in PROMPTS])
+        assert sum(answer["cached"] for answer in warm) > sum(len(p["tokens"]) for p in PROMPTS) / 2
+        engine.stop()
+    return cold, max(logprob_distance(warm, cold), 0.02)
+
+
+def assert_hits(answers: list[dict], before: dict, after: dict, tier: str) -> None:
+    """Every prompt was loaded as far as it can be, and from `tier`."""
+    assert [answer["cached"] for answer in answers] == [loadable(prompt) for prompt in PROMPTS]
+    assert hit(after, tier) - hit(before, tier) == sum(loadable(prompt) for prompt in PROMPTS)
+
+
+def ask(engine: Engine, suffix: str) -> list[dict]:
+    """Ask everything, each prompt with an empty prefix cache of vLLM's own."""
+    answers = []
+    for prompt in PROMPTS:
+        engine.reset()
+        answers += engine.generate([dict(prompt, id=prompt["id"] + suffix)])
+    return answers
+
+
+def kv_equal(found: dict[str, np.ndarray], stored: dict[str, np.ndarray]) -> None:
+    """Loaded tokens have the stored bytes; those computed after them agree within bf16 rounding."""
+    for prompt in PROMPTS:
+        name, end = prompt["id"], loadable(prompt)
+        if name in stored:
+            assert np.array_equal(found[name][:end], stored[name][:end]), f"{name}: not the stored KV"
+            prompt_end = len(prompt["tokens"]) // 16 * 16
+            rest, plain_rest = as_float(found[name][end:prompt_end]), as_float(stored[name][end:prompt_end])
+            assert np.allclose(rest, plain_rest, rtol=0.05, atol=0.1)
+
+
+def test_answers_are_the_same_from_memory_from_disk_after_restarts_and_after_kills(tmp_path, plain):
+    expected, noise = plain
+    dumps = tmp_path / "kv"
+    dumps.mkdir()
+    server = Server(tmp_path)
+    engine = Engine(tmp_path / "engine.log", {"server": f"unix:{server.socket}"}, probe_dir=dumps)
+    with running(server, engine):
+        engine.generate([{"id": "warm", "tokens": list(range(50, 90))}])
+
+        # Cold: nothing is held but what earlier prompts with the same prefix stored.
+        cold = [answer for prompt in PROMPTS for answer in fresh(engine, server, prompt)]
+        assert_same_answers(cold, expected, noise)
+        stored_stats = server.wait_until_durable()
+        assert stored_stats["tokens"]["stored"] >= len({tuple(p["tokens"][:CHUNK]) for p in PROMPTS}) * CHUNK
+
+        kv = {p["id"]: dumped_kv(dumps, p["id"] + "c") for p in PROMPTS if len(p["tokens"]) >= 32}
+        clear(dumps)
+        from_host = ask(engine, "")
+        after = server.wait_for(lambda stats: stats["leases"] == 0)
+        assert_same_answers(from_host, expected, noise)
+        assert_hits(from_host, stored_stats, after, "host")
+        kv_equal(kv_of_all(dumps), kv)
+
+        # The server restarts: the same engine finds it again and hits on disk.
+        server.stop()
+        server.start()
+        wait_until_connected(engine, server)
+        clear(dumps)
+        before = server.stats()
+        assert hit(before, "disk") == 0
+        from_disk = ask(engine, "")
+        after = server.wait_for(lambda stats: stats["leases"] == 0)
+        assert_same_answers(from_disk, expected, noise)
+        assert hit(after, "disk") > 0
+        assert [answer["cached"] for answer in from_disk] == [loadable(prompt) for prompt in PROMPTS]
+        kv_equal(kv_of_all(dumps), kv)
+
+        # Both are killed; new ones find it all on disk.
+        engine.kill()
+        server.kill()
+        server.start()
+        engine = Engine(tmp_path / "engine2.log", {"server": f"unix:{server.socket}"}, probe_dir=dumps)
+    with running(server, engine):
+        engine.generate([{"id": "warm", "tokens": list(range(50, 90))}])
+        clear(dumps)
+        after_kill = ask(engine, "")
+        after = server.wait_for(lambda stats: stats["leases"] == 0)
+        assert_same_answers(after_kill, expected, noise)
+        assert hit(after, "disk") > 0
+        assert [answer["cached"] for answer in after_kill] == [loadable(prompt) for prompt in PROMPTS]
+        kv_equal(kv_of_all(dumps), kv)
+        assert after["checksum_failures"] == after["loads_failed"] == after["leases"] == 0
+        engine.stop()
+
+
+def fresh(engine: Engine, server: Server, prompt: dict) -> list[dict]:
+    engine.reset()
+    answer = engine.generate([dict(prompt, id=prompt["id"] + "c")])
+    server.wait_for(lambda stats: stats["chunks_pending"] == 0)
+    return answer
+
+
+def wait_until_connected(engine: Engine, server: Server) -> None:
+    """The engine's scheduler and its worker probe once a second, while it steps or not."""
+    server.wait_for(lambda stats: stats["sessions"] >= 2)
