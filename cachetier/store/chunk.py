@@ -65,11 +65,12 @@ class HostChunk:
         hits: matches since it was last spared from eviction, at most HITS_MAX.
         age: number of its last entry into a queue; smaller is older.
         is_durable: whether the disk tier has it too.
+        is_offered: whether it waits to be written there.
         previous, next: its neighbours in the list of its parent's children.
     """
 
     __slots__ = (
-        "age", "checksums", "content", "engine", "frames", "hits", "is_durable", "key", "namespace", "next", "parent",
+        "age", "checksums", "content", "engine", "frames", "hits", "is_durable", "is_offered", "key", "namespace", "next", "parent",
         "pins", "position", "previous", "state", "tenant", "tiling",
     )  # fmt: skip
 
@@ -101,5 +102,6 @@ class HostChunk:
         self.hits = 0
         self.age = 0
         self.is_durable = False
+        self.is_offered = False
         self.previous: HostChunk | None = None
         self.next: HostChunk | None = None

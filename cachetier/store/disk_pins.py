@@ -43,7 +43,7 @@ class DiskPins:
                 del self._pins[key]
 
     def touch(self, key: ChainKey) -> None:
-        """Note that `key` was hit: reclaiming its segment carries it over, once."""
+        """Note that `key` was read from disk: reclaiming its segment carries it over, once."""
         with self._lock:
             self._hot[key] = None
             if len(self._hot) > HOT_MAX:
@@ -58,7 +58,7 @@ class DiskPins:
             return False
 
     def is_hot(self, key: ChainKey) -> bool:
-        """Tell whether `key` was hit since its record was written; asking uses the hit up."""
+        """Tell whether `key` was read since its record was written; asking uses that up."""
         with self._lock:
             return self._hot.pop(key, self) is None
 

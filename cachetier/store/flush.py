@@ -5,7 +5,7 @@ under the lock (its chunks are pinned since they were offered), writes it withou
 note the outcome. It is the only caller of `DiskTier.append`, `drop` and `remember_namespace`.
 
 Bounds: the backlog holds at most `backlog_bytes` of frames; a chunk offered beyond that stays in host memory alone and
-is counted. The errands are at most one for each chunk on disk and each known namespace.
+is counted, and is offered again when it is hit. The errands are at most one for each chunk on disk and each known namespace.
 """
 
 import logging
@@ -57,11 +57,14 @@ class Flusher:
 
     def offer(self, chunk: HostChunk) -> bool:
         """Queue a READY chunk (lock held); False: the backlog is full and the chunk stays in host memory alone."""
+        if chunk.is_offered:
+            return True
         size = sum(chunk.tiling.frame_bytes)
         if self._is_stopping or self.backlog_bytes + size > self._limit_bytes:
             self._counters.flushes_dropped += 1
             return False
         chunk.pins += 1
+        chunk.is_offered = True
         self.backlog_bytes += size
         self._num_offered += 1
         self._queue.append(chunk)
@@ -194,6 +197,7 @@ class Flusher:
     def _finish(self, chunk: HostChunk) -> None:
         self.backlog_bytes -= sum(chunk.tiling.frame_bytes)
         self._num_finished += 1
+        chunk.is_offered = False
         self._table.unpin(chunk)
 
     def _to_write(self, chunk: HostChunk) -> ChunkToWrite:

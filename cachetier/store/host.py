@@ -140,6 +140,13 @@ class HostTable:
         if not chunk.pins and chunk.state is ChunkState.GONE:
             self._free(chunk)
 
+    def is_hot(self, key: ChainKey) -> bool:
+        """Tell whether a chunk is READY here and was hit (any thread, without the lock: a guess at worst)."""
+        chunk = self.chunks.get(key)
+        if chunk is None or chunk.state is not ChunkState.READY:
+            return False
+        return chunk.hits > 0 or self._queue_of(chunk).is_main(chunk)
+
     def tenant_bytes(self, tenant: ChainKey) -> int:
         """Return how many bytes of frames the tenant holds."""
         known = self._tenants.get(tenant)

@@ -68,9 +68,11 @@ class Matcher:
         return self._leasing(message, prompt) if message.lease else self._asking(prompt)
 
     def release_read(self, lease: Lease) -> None:
-        """Give back what an ended lease to read pinned (lock held)."""
-        unpin = self._books.table.unpin
+        """Give back what an ended lease to read pinned (lock held); offer what is not on disk to the flusher again."""
+        unpin, flusher, ready = self._books.table.unpin, self._flusher, ChunkState.READY
         for chunk in lease.chunks:
+            if not chunk.is_durable and flusher is not None and chunk.state is ready:
+                flusher.offer(chunk)
             unpin(chunk)
 
     def _leasing(self, message: Match, prompt: Prompt) -> MatchReply:

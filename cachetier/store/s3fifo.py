@@ -66,6 +66,10 @@ class S3Fifo:
         other = self._main if first is self._small else self._small
         return self._scan(first, choose) or self._scan(other, choose)
 
+    def is_main(self, chunk: HostChunk) -> bool:
+        """Tell whether a chunk is in the main queue: it was hit at least once."""
+        return chunk.key in self._main
+
     def oldest(self) -> HostChunk | None:
         """Return the chunk that would be looked at next."""
         queue = self._next_queue()

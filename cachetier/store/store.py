@@ -88,9 +88,15 @@ class Store:
         self._arena_path = self.data_dir.arena_path()
         self._arena = Arena.create(self._arena_path, config.host_bytes, self._instance)
         try:
+            table = HostTable(self._arena, config.tenant_quota)
             disk = None
             if config.disk_bytes:
-                disk = DiskTier.open(config, files, is_hot=pins.is_hot, is_pinned=pins.is_pinned)
+                disk = DiskTier.open(
+                    config,
+                    files,
+                    is_hot=lambda key: pins.is_hot(key) or table.is_hot(key),
+                    is_pinned=pins.is_pinned,
+                )
         except BaseException:
             self._arena.close()
             raise
@@ -98,7 +104,7 @@ class Store:
             chunk_tokens=config.chunk_tokens,
             clock=self._clock,
             hasher=ChainHasher(self.data_dir.secret),
-            table=HostTable(self._arena, config.tenant_quota),
+            table=table,
             leases=LeaseTable(config.lease_ttl_s),
             namespaces=NamespaceTable(config.chunk_tokens, self._arena),
             disk=disk,
