@@ -70,8 +70,8 @@ class HostChunk:
     """
 
     __slots__ = (
-        "age", "checksums", "content", "engine", "frames", "hits", "is_durable", "is_offered", "key", "namespace", "next", "parent",
-        "pins", "position", "previous", "state", "tenant", "tiling",
+        "age", "checksums", "content", "engine", "frames", "hits", "is_durable", "is_offered", "key", "namespace",
+        "next", "parent", "pins", "position", "previous", "state", "tenant", "tiling",
     )  # fmt: skip
 
     def __init__(

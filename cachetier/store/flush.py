@@ -5,7 +5,8 @@ under the lock (its chunks are pinned since they were offered), writes it withou
 note the outcome. It is the only caller of `DiskTier.append`, `drop` and `remember_namespace`.
 
 Bounds: the backlog holds at most `backlog_bytes` of frames; a chunk offered beyond that stays in host memory alone and
-is counted, and is offered again when it is hit. The errands are at most one for each chunk on disk and each known namespace.
+is counted, and is offered again when it is hit. The errands are at most one for each chunk on disk and each known
+namespace.
 """
 
 import logging

@@ -22,7 +22,7 @@ from tests.store.engines import MIB, Engine, Filled, keys_of, make_config, token
 
 LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, row_bytes=2048)  # 256 KiB a chunk
 TTL_S = 10.0
-PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=5).map(lambda steps: tuple(steps))
+PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple)
 RANKS = {"one": 1, "two": 2}
 ENGINES = st.sampled_from(sorted(RANKS))
 SALTS = st.sampled_from(["", "tenant"])
@@ -236,9 +236,9 @@ class QuotaMachine(StoreMachine):
 
 
 QUICK = settings(
-    max_examples=12, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=8, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-LONG = settings(QUICK, max_examples=400, stateful_step_count=60)
+LONG = settings(QUICK, max_examples=150, stateful_step_count=60)
 
 for machine in (StoreMachine, HostOnlyMachine, QuotaMachine):
     machine.TestCase.settings = QUICK
