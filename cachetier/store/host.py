@@ -53,6 +53,9 @@ class HostTable:
         self._children: dict[ChainKey, HostChunk] = {}
         self._owners: dict[int, tuple[HostChunk, int]] = {}
         self._ages = 0
+        # The candidate of the last search and the parent of the leaf that was found: the next search for the same
+        # candidate starts there, or a chain of n chunks would cost n * n / 2 steps to evict.
+        self._descent: tuple[HostChunk | None, HostChunk | None] = (None, None)
 
     def add(self, chunk: HostChunk) -> None:
         """Enter a chunk that is about to be filled; its frames follow one by one (`allocate`)."""
@@ -238,10 +241,12 @@ class HostTable:
         """Return the deepest descendant of `chunk` (or itself) if it may go now."""
         if chunk.pins:
             return None
-        child: HostChunk | None = chunk
-        while child is not None:
-            chunk, child = child, self._children.get(child.key)
-        return None if chunk.pins or chunk.state is not ChunkState.READY else chunk
+        first, start = self._descent
+        leaf = chunk if first is not chunk or start is None or start.state is ChunkState.GONE else start
+        while (child := self._children.get(leaf.key)) is not None:
+            leaf = child
+        self._descent = chunk, self.chunks.get(leaf.parent) if leaf is not chunk else None
+        return None if leaf.pins or leaf.state is not ChunkState.READY else leaf
 
     def _unlink(self, chunk: HostChunk) -> None:
         if chunk.next is not None:
