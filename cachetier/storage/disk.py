@@ -72,9 +72,9 @@ class DiskTier:
         with self._write_lock:
             self._remove_condemned()
             fresh = {write.chunk.key: write for write in chunks if not self._find(write.chunk.key)}
-            written = self._segment_log.write(list(fresh.values()))
+            self._segment_log.write(list(fresh.values()))
             self._remove_condemned()
-        stored = [write.chunk.key not in fresh or write.chunk.key in written for write in chunks]
+            stored = [self._find(write.chunk.key) is not None for write in chunks]
         self.counters.refused += stored.count(False)
         return stored
 

@@ -103,7 +103,7 @@ class Index:
         self._pages = PageFile(path, settings.num_pages, settings.page_bytes, files)
         self._num_buckets = settings.num_pages - settings.first_bucket
         self._capacity = settings.page_bytes - _KEYS_AT
-        if self._pages.num_copies(0) < 2:
+        if self._pages.num_copies(0) == 0:
             for _ in range(2):  # both slots hold the settings: a flipped bit loses neither shape nor version
                 self._pages.stage(0, settings.pack())
                 self._pages.commit()

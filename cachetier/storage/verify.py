@@ -1,6 +1,7 @@
 """Verification of a data directory that no server uses: every index page, every record header, every payload page."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -94,12 +95,13 @@ class _Verification:
             if self._repair:
                 self._index.repair_page(page)
         total = sum(entry.tail for entry in self._table)
-        bad = []
+        bad, good = [], Counter[int]()
         for row in self._index.rows():
             if row.sequence not in self._slot_of:
                 continue
             self._report.records += 1
             fault = self._check(row)
+            good[row.sequence] += not fault
             if fault:
                 bad.append(row)
                 self._report.note(f"chunk {row.chunk.key.hex()} in segment {self._slot_of[row.sequence] + 1}: {fault}")
@@ -107,7 +109,8 @@ class _Verification:
         if self._repair:
             for row in bad:
                 self._index.remove(row.chunk.key)
-                self._table[self._slot_of[row.sequence]].num_rows -= 1
+            for entry in self._table:
+                entry.num_rows = good[entry.sequence]
             self._index.stage_table(self._table, set(range(len(self._table))))
             self._index.commit()
 
