@@ -107,9 +107,9 @@ def test_directory_whose_holder_never_gets_ready_times_out(tmp_path: Path) -> No
     with RunningServer(tmp_path / "data"):
         os.unlink(tmp_path / "data" / "server.json")
         start = time.monotonic()
-        with pytest.raises(UnavailableError, match="ready within 1 s"):
-            ensure_server(config_of(tmp_path / "data"), timeout_s=1.0)
-        assert time.monotonic() - start < 2.0
+        with pytest.raises(UnavailableError, match="ready within 2 s"):
+            ensure_server(config_of(tmp_path / "data"), timeout_s=2.0)
+        assert time.monotonic() - start < 4.0
 
 
 def test_child_ends_when_its_engine_is_killed(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_truncated_bodies_are_400(connection: UnixConnection, engine: TinyEngine
 def test_request_cut_in_its_body_leaves_the_server_alive(server: RunningServer, connection: UnixConnection) -> None:
     for cut in (
         b"POST /v1/match HTTP/1.1\r\nHost: x\r\nContent-Le",
-        b"POST /v1/match HTTP/1.1\r\nContent-Length: 9\r\n\r\nab",
+        b"POST /v1/match HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nab",
     ):
         with socket.socket(socket.AF_UNIX) as peer:
             peer.connect(server.socket_path)

@@ -175,16 +175,21 @@ def test_salts_are_neither_in_logs_nor_metrics_nor_statistics(tmp_path: Path) ->
         engine = TinyEngine(server.socket_path, salt=salt)
         engine.store(tokens_of(1, 3))
         engine.release(engine.match(tokens_of(1, 3)))
-        with socket.socket(socket.AF_UNIX) as peer:  # a wrong length, so that what follows is no HTTP
-            peer.connect(server.socket_path)
-            peer.sendall(b"POST /v1/match HTTP/1.1\r\nContent-Length: 1\r\n\r\nx" + salt.encode() + b"\r\n\r\n")
-            assert peer.recv(100)
+        for method in (salt.encode(), b"GET / HTTP/1.1\r\n" + salt.encode() + b"\0"):
+            assert b" 400 " in answer_to(server.socket_path, method + b" / HTTP/1.1\r\n\r\n")
         shown = engine.client.get("/metrics", TIMEOUT_S) + engine.client.get("/v1/stats", TIMEOUT_S)
         engine.close()
         assert server.stop() == 0
         assert salt.encode() not in shown + server.log_path.read_bytes()
     for path in (tmp_path / "data").rglob("*"):
         assert not path.is_file() or salt.encode() not in path.read_bytes()
+
+
+def answer_to(socket_path: str, raw: bytes) -> bytes:
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(socket_path)
+        peer.sendall(raw)
+        return peer.recv(100)
 
 
 @pytest.mark.slow
