@@ -5,7 +5,6 @@ import json
 import os
 import random
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -141,7 +140,9 @@ class Server:
     def stats(self) -> dict:
         """Return what `cachetier stats --json` says."""
         command = [sys.executable, "-m", "cachetier.cli.main", "stats", "--socket", str(self.socket), "--json"]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr + (self.folder / "server.log").read_text()[-3000:]
+        return json.loads(done.stdout)
 
     def wait_for(self, condition, timeout_s: float = 15) -> dict:
         """Return the first stats for which `condition` holds."""
@@ -184,7 +185,11 @@ def prompts_with_shared_prefixes(count: int, seed: int = 0, longest: int = 3000)
 def dumped_kv(folder: Path, name: str, num_heads: int = 4, num_layers: int = 4, row: int = 128) -> np.ndarray:
     """Return the KV that a request's blocks held: uint16 `[tokens, heads, layers, row elements]`, all ranks together."""
     ranks = []
-    for path in sorted(folder.glob(f"{name}.?.npy")):
+    deadline = time.monotonic() + 10
+    while not (paths := sorted(folder.glob(f"{name}.?.npy"))):  # written by the step after the request's last one
+        assert time.monotonic() < deadline, f"nothing was dumped for {name}"
+        time.sleep(0.05)
+    for path in paths:
         shards = np.load(path).view(np.uint16)
         heads = shards.shape[1] * 2 // (16 * num_layers * row)
         assert heads in (num_heads, num_heads // 2)
@@ -197,8 +202,3 @@ def as_float(kv: np.ndarray) -> np.ndarray:
     """Return bfloat16 bits as float32."""
     return (kv.astype(np.uint32) << 16).view(np.float32)
 
-
-def clear(folder: Path) -> None:
-    """Remove what requests dumped."""
-    shutil.rmtree(folder)
-    folder.mkdir()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.harness import Engine, Server, as_float, clear, dumped_kv, prompts_with_shared_prefixes, running
+from tests.e2e.harness import Engine, Server, as_float, dumped_kv, prompts_with_shared_prefixes, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
@@ -49,8 +49,8 @@ def logprob_distance(some: list[dict], others: list[dict]) -> float:
     return worst
 
 
-def kv_of_all(folder: Path) -> dict[str, np.ndarray]:
-    return {p["id"]: dumped_kv(folder, p["id"]) for p in PROMPTS if len(p["tokens"]) >= 32}
+def kv_of_all(folder: Path, suffix: str) -> dict[str, np.ndarray]:
+    return {p["id"]: dumped_kv(folder, p["id"] + suffix) for p in PROMPTS if len(p["tokens"]) >= 32}
 
 
 @pytest.fixture(scope="module")
@@ -113,49 +113,46 @@ def test_answers_are_the_same_from_memory_from_disk_after_restarts_and_after_kil
         stored_stats = server.wait_until_durable()
         assert stored_stats["tokens"]["stored"] >= len({tuple(p["tokens"][:CHUNK]) for p in PROMPTS}) * CHUNK
 
-        kv = {p["id"]: dumped_kv(dumps, p["id"] + "c") for p in PROMPTS if len(p["tokens"]) >= 32}
-        clear(dumps)
-        from_host = ask(engine, "")
+        kv = kv_of_all(dumps, "cold")
+        from_host = ask(engine, "host")
         after = server.wait_for(lambda stats: stats["leases"] == 0)
         assert_same_answers(from_host, expected, noise)
         assert_hits(from_host, stored_stats, after, "host")
-        kv_equal(kv_of_all(dumps), kv)
+        kv_equal(kv_of_all(dumps, "host"), kv)
 
         # The server restarts: the same engine finds it again and hits on disk.
         server.stop()
         server.start()
         wait_until_connected(engine, server)
-        clear(dumps)
         before = server.stats()
         assert hit(before, "disk") == 0
-        from_disk = ask(engine, "")
+        from_disk = ask(engine, "disk")
         after = server.wait_for(lambda stats: stats["leases"] == 0)
         assert_same_answers(from_disk, expected, noise)
         assert hit(after, "disk") > 0
         assert [answer["cached"] for answer in from_disk] == [loadable(prompt) for prompt in PROMPTS]
-        kv_equal(kv_of_all(dumps), kv)
+        kv_equal(kv_of_all(dumps, "disk"), kv)
 
         # Both are killed; new ones find it all on disk.
         engine.kill()
         server.kill()
-        server.start()
-        engine = Engine(tmp_path / "engine2.log", {"server": f"unix:{server.socket}"}, probe_dir=dumps)
+    server.start()
+    engine = Engine(tmp_path / "engine2.log", {"server": f"unix:{server.socket}"}, probe_dir=dumps)
     with running(server, engine):
         engine.generate([{"id": "warm", "tokens": list(range(50, 90))}])
-        clear(dumps)
-        after_kill = ask(engine, "")
+        after_kill = ask(engine, "kill")
         after = server.wait_for(lambda stats: stats["leases"] == 0)
         assert_same_answers(after_kill, expected, noise)
         assert hit(after, "disk") > 0
         assert [answer["cached"] for answer in after_kill] == [loadable(prompt) for prompt in PROMPTS]
-        kv_equal(kv_of_all(dumps), kv)
+        kv_equal(kv_of_all(dumps, "kill"), kv)
         assert after["checksum_failures"] == after["loads_failed"] == after["leases"] == 0
         engine.stop()
 
 
 def fresh(engine: Engine, server: Server, prompt: dict) -> list[dict]:
     engine.reset()
-    answer = engine.generate([dict(prompt, id=prompt["id"] + "c")])
+    answer = engine.generate([dict(prompt, id=prompt["id"] + "cold")])
     server.wait_for(lambda stats: stats["chunks_pending"] == 0)
     return answer
 
