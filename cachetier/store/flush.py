@@ -189,10 +189,8 @@ class Flusher:
             self._counters.flushed += 1
         else:
             self._counters.flushes_failed += 1
-        if chunk.state is ChunkState.READY:
+        if chunk.state is ChunkState.READY:  # otherwise it was invalidated meanwhile, and `forget` follows
             self._table.set_durable(chunk, is_stored)
-        elif is_stored:  # invalidated while it was written
-            self.forget(chunk.key)
         self._finish(chunk)
 
     def _finish(self, chunk: HostChunk) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from cachetier.core.arena_format import STATE_FILLING, STATE_READY
 from cachetier.core.errors import ProtocolError, StorageError
-from cachetier.core.keys import ModelIdentity
+from cachetier.core.keys import ChainHasher, ModelIdentity
 from cachetier.core.layout import KVLayout, Shard
 from cachetier.core.messages import (
     RESERVE_DROPPED,
@@ -598,6 +598,69 @@ def test_chunks_that_were_read_from_disk_are_carried_over_when_their_segment_goe
         if number % 5 == 0:
             assert engine.load(tokens_of(1)) == 1
     assert store.stats().disk["carried"] > 0
+
+
+def test_chunks_that_were_promoted_are_carried_over_after_they_left_the_arena(open_store):
+    store = open_store(disk_bytes=16 * MIB)
+    engine = Engine(store, layout=BIG)
+    engine.put(tokens_of(1))
+    for number in range(1000, 1031):
+        engine.put(tokens_of(number))
+        store.flush(20)
+    reply = engine.match(tokens_of(1))
+    assert reply.tiers == bytes([TIER_DISK])
+    engine.check(reply)
+    engine.release(reply)
+    for number in range(2000, 2040):
+        engine.put(tokens_of(number))
+        store.flush(20)
+    assert store.stats().disk["carried"] > 0
+    assert engine.match(tokens_of(1), lease=False).tiers == bytes([TIER_DISK])
+
+
+class CollidingHasher(ChainHasher):
+    """A hasher whose keys depend on the position alone."""
+
+    def chain(self, parent, contents):
+        keys, key = [], parent
+        for _ in contents:
+            key = self.extend(key, b"")
+            keys.append(key)
+        return keys
+
+
+@pytest.mark.parametrize("is_restarted", [False, True], ids=["host", "disk"])
+def test_a_collision_of_keys_is_a_miss(open_store, is_restarted):
+    def collide(store: Store) -> Store:
+        object.__setattr__(store._books, "hasher", CollidingHasher(store.data_dir.secret))
+        return store
+
+    store = collide(open_store())
+    engine = Engine(store)
+    engine.put(tokens_of(1, 2))
+    if is_restarted:
+        store = collide(open_store())
+        engine = Engine(store)
+    assert engine.match(tokens_of(1, 3), lease=False).num_chunks == 1
+    assert engine.load(tokens_of(1, 3)) == 1
+    assert engine.load(tokens_of(4)) == 0
+    assert engine.reserve(tokens_of(4)).outcomes != bytes([RESERVE_FILL])
+    assert engine.load(tokens_of(1, 2)) == 2
+
+
+def test_a_chunk_that_left_the_disk_alone_is_written_again_when_it_is_hit(open_store):
+    store = open_store()
+    engine = Engine(store)
+    keys = keys_of(engine.put(tokens_of(1)))
+    store.flush(20)
+    store._books.disk_pins.is_pinned(keys[0])  # as reclaiming its segment does
+    store._books.disk.drop(keys)
+    engine.put(tokens_of(2))
+    store.flush(20)
+    assert (store.stats().chunks, store.stats().chunks_durable) == (2, 1)
+    engine.load(tokens_of(1))
+    store.flush(20)
+    assert (store.stats().chunks, store.stats().chunks_durable) == (2, 2)
 
 
 def test_a_hot_prompt_survives_a_scan_of_ten_times_the_arena(open_store):
