@@ -22,8 +22,8 @@ from cachetier.service.app import Service
 from cachetier.store.store import Store
 
 TICK_S = 1.0
-FLUSH_TIMEOUT_S = 7.0
-CLOSE_TIMEOUT_S = 9.0
+FLUSH_TIMEOUT_S = 6.0
+CLOSE_TIMEOUT_S = 8.0
 IDLE_CONNECTION_S = 3600.0
 TOKEN_CHARACTERS_MIN = 16
 BACKLOG = 512
@@ -107,6 +107,8 @@ async def _close(store: Store) -> bool:
         await asyncio.wait_for(asyncio.shield(closing), CLOSE_TIMEOUT_S)
     except TimeoutError:
         log.warning("the disk hangs: the store did not close within %.0f s", CLOSE_TIMEOUT_S)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(store.data_dir.arena_path())  # or its memory would stay taken until the next start
         return False
     return True
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from tests.service.running import (
     TIMEOUT_S,
     RunningServer,
     TinyEngine,
+    environment,
     rss_bytes,
     run_cli,
+    serve_command,
     tokens_of,
 )
 
@@ -190,6 +193,45 @@ def answer_to(socket_path: str, raw: bytes) -> bytes:
         peer.connect(socket_path)
         peer.sendall(raw)
         return peer.recv(100)
+
+
+HANGING_DISK = """
+import os, sys, time
+from cachetier.cli import main
+from cachetier.storage.file_layer import FileLayer
+
+def hang(self, descriptor):
+    if os.path.exists(sys.argv[1]):
+        print("hanging", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+FileLayer.fdatasync = hang
+sys.exit(main.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_server_within_ten_seconds_even_when_the_disk_hangs(tmp_path: Path) -> None:
+    hangs = tmp_path / "hangs"
+    command = [sys.executable, "-c", HANGING_DISK, str(hangs), *serve_command(tmp_path / "data")[3:]]
+    hanging = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert hanging.stdout is not None
+    assert hanging.stderr is not None
+    assert hanging.stdout.readline().startswith("cachetier ready")
+    engine = TinyEngine(str(tmp_path / "data" / "cachetier.sock"))
+    hangs.touch()
+    engine.store(tokens_of(1, 5))
+    while "hanging" not in hanging.stderr.readline():
+        pass
+    start = time.monotonic()
+    hanging.terminate()
+    assert hanging.wait(15) == 0
+    assert time.monotonic() - start < 10
+    assert "the disk hangs" in hanging.stderr.read()
+    assert not os.path.exists(engine.session.server.arena_path)
+    hanging.stdout.close()
+    hanging.stderr.close()
+    engine.close()
 
 
 @pytest.mark.slow
