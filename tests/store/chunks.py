@@ -10,6 +10,7 @@ from cachetier.store.chunk import ChunkState, HostChunk, Tiling
 MIB = 1 << 20
 CHUNK_TOKENS = 16
 LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, row_bytes=128)  # 16 KiB a chunk
+BIG = KVLayout(num_layers=4, num_kv_heads=2, row_bytes=2048)  # 256 KiB a chunk: 14 in the smallest arena
 TENANT = ChainKey(b"tenant".ljust(16))
 
 
