@@ -54,13 +54,11 @@ def main() -> None:
                         {str(token): value.logprob for token, value in step.items()} for step in completion.logprobs
                     ]
 
-    def abort_soon(prompt: dict, after_steps: int) -> str:
-        """Start one request and abort it after some steps."""
+    def abort_after(prompt: dict, seconds: float) -> str:
+        """Start one request and abort it."""
         engine.add_request(prompt["id"], {"prompt_token_ids": prompt["tokens"]}, SamplingParams(max_tokens=64))
-        for _ in range(after_steps):
-            engine.step()
+        time.sleep(seconds)
         engine.abort_request([prompt["id"]])
-        engine.step()
         return "aborted"
 
     def reset(connector: bool = False) -> bool:
@@ -70,7 +68,7 @@ def main() -> None:
             time.sleep(0.05)
         return False
 
-    calls = {"generate": generate, "reset": reset, "abort_soon": abort_soon}
+    calls = {"generate": generate, "reset": reset, "abort_after": abort_after}
     print(json.dumps("ready"), file=replies)
     for line in sys.stdin:
         message = json.loads(line)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cachetier.client import Client
+
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests" / "model"
 START_S = 240
@@ -109,8 +111,10 @@ class Engine:
 class Server:
     """`cachetier serve` in another process; may be stopped or killed, and started again on the same data."""
 
-    def __init__(self, folder: Path, *options: str, host: str = "256MiB", disk: str = "1GiB") -> None:
-        self.folder, self.data_dir, self.socket = folder, folder / "data", folder / "server.sock"
+    def __init__(
+        self, folder: Path, *options: str, host: str = "256MiB", disk: str = "1GiB", socket: Path | None = None
+    ) -> None:
+        self.folder, self.data_dir, self.socket = folder, folder / "data", socket or folder / "server.sock"
         self._options = ["--host-bytes", host, "--disk-bytes", disk, *options]
         self.start()
 
@@ -144,12 +148,20 @@ class Server:
         assert done.returncode == 0, done.stderr + (self.folder / "server.log").read_text()[-3000:]
         return json.loads(done.stdout)
 
+    def peek(self) -> dict:
+        """Return the same as `stats`, in a millisecond."""
+        client = Client(str(self.socket))
+        try:
+            return json.loads(client.get("/v1/stats", 5))
+        finally:
+            client.close()
+
     def wait_for(self, condition, timeout_s: float = 15) -> dict:
         """Return the first stats for which `condition` holds."""
         deadline = time.monotonic() + timeout_s
-        while not condition(stats := self.stats()):
+        while not condition(stats := self.peek()):
             assert time.monotonic() < deadline, f"still {stats}"
-            time.sleep(0.2)
+            time.sleep(0.02)
         return stats
 
     def wait_until_durable(self) -> dict:
@@ -180,6 +192,32 @@ def prompts_with_shared_prefixes(count: int, seed: int = 0, longest: int = 3000)
         tokens = start[:length] + [rng.randrange(20, 4000) for _ in range(length - len(start))]
         prompts.append(tokens)
     return [{"id": f"p{number}", "tokens": tokens} for number, tokens in enumerate(prompts)]
+
+
+def assert_same_answers(found: list[dict], expected: list[dict], noise: float) -> None:
+    """Tokens agree until a near tie; log-probabilities agree within `noise`."""
+    for answer, plain in zip(found, expected, strict=True):
+        steps = zip(answer["tokens"], plain["tokens"], answer["logprobs"], plain["logprobs"], strict=True)
+        for token, plain_token, scores, plain_scores in steps:
+            for name in scores.keys() & plain_scores.keys():
+                assert abs(scores[name] - plain_scores[name]) <= noise
+            if token != plain_token:
+                ranked = sorted(plain_scores.values(), reverse=True)
+                assert ranked[0] - ranked[1] <= 2 * noise, "the tokens differ where it was no near tie"
+                break
+
+
+def logprob_distance(some: list[dict], others: list[dict]) -> float:
+    """Return the largest difference of log-probabilities at equal tokens of equal texts."""
+    worst = 0.0
+    for one, other in zip(some, others, strict=True):
+        for step, other_step, token, other_token in zip(
+            one["logprobs"], other["logprobs"], one["tokens"], other["tokens"], strict=True
+        ):
+            worst = max([worst, *(abs(step[name] - other_step[name]) for name in step.keys() & other_step.keys())])
+            if token != other_token:
+                break
+    return worst
 
 
 def dumped_kv(folder: Path, name: str, num_heads: int = 4, num_layers: int = 4, row: int = 128) -> np.ndarray:

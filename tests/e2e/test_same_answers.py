@@ -6,7 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.harness import Engine, Server, as_float, dumped_kv, prompts_with_shared_prefixes, running
+from tests.e2e.harness import (
+    Engine,
+    Server,
+    as_float,
+    assert_same_answers,
+    dumped_kv,
+    logprob_distance,
+    prompts_with_shared_prefixes,
+    running,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
@@ -21,32 +30,6 @@ def loadable(prompt: dict) -> int:
 
 def hit(stats: dict, tier: str) -> int:
     return stats["tokens"]["hit"][tier]
-
-
-def assert_same_answers(found: list[dict], expected: list[dict], noise: float) -> None:
-    """Tokens agree until a near tie; log-probabilities agree within `noise`."""
-    for answer, plain in zip(found, expected, strict=True):
-        steps = zip(answer["tokens"], plain["tokens"], answer["logprobs"], plain["logprobs"], strict=True)
-        for token, plain_token, scores, plain_scores in steps:
-            for name in scores.keys() & plain_scores.keys():
-                assert abs(scores[name] - plain_scores[name]) <= noise
-            if token != plain_token:
-                ranked = sorted(plain_scores.values(), reverse=True)
-                assert ranked[0] - ranked[1] <= 2 * noise, "the tokens differ where it was no near tie"
-                break
-
-
-def logprob_distance(some: list[dict], others: list[dict]) -> float:
-    """Return the largest difference of log-probabilities at equal tokens of equal texts."""
-    worst = 0.0
-    for one, other in zip(some, others, strict=True):
-        for step, other_step, token, other_token in zip(
-            one["logprobs"], other["logprobs"], one["tokens"], other["tokens"], strict=True
-        ):
-            worst = max([worst, *(abs(step[name] - other_step[name]) for name in step.keys() & other_step.keys())])
-            if token != other_token:
-                break
-    return worst
 
 
 def kv_of_all(folder: Path, suffix: str) -> dict[str, np.ndarray]:
