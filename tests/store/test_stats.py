@@ -1,0 +1,32 @@
+"""The snapshot: the names that other programs rely on, and counts that agree with what happened."""
+
+import msgspec
+
+from tests.store.engines import Engine, tokens_of
+
+
+def test_the_json_has_the_names_that_other_programs_rely_on(store):
+    stats = msgspec.json.decode(msgspec.json.encode(store.stats()))
+    assert stats["tokens"] == {"queried": 0, "hit": {"host": 0, "disk": 0}, "stored": 0}
+    for tier in ("host", "disk"):
+        assert stats["bytes"][tier]["used"] < stats["bytes"][tier]["limit"]
+    for name in ("chunks", "chunks_durable", "leases", "checksum_failures", "stores_dropped"):
+        assert stats[name] == 0
+
+
+def test_a_chunk_in_two_tiers_counts_once(store):
+    engine = Engine(store)
+    engine.put(tokens_of(1, 2, 3))
+    assert store.stats().chunks == 3
+    store.flush(20)
+    stats = store.stats()
+    assert (stats.chunks, stats.chunks_host, stats.chunks_durable) == (3, 3, 3)
+
+
+def test_a_snapshot_does_not_change_afterwards(store):
+    engine = Engine(store)
+    before = store.stats()
+    engine.put(tokens_of(1))
+    engine.load(tokens_of(1))
+    assert (before.tokens.queried, before.tokens.stored, before.chunks) == (0, 0, 0)
+    assert store.stats().tokens.queried > 0
