@@ -5,9 +5,9 @@ with SIGBUS (bench/index_faults.py), and the only check of a whole file reads al
 takes minutes. Here every lookup verifies the one page it reads; nothing has to be checked, replayed or rebuilt at
 open; and a lookup costs the same at any size.
 
-A key has two possible pages. It stands in the first unless that was full when it came. A row names its segment by
-sequence number; a row whose segment is gone is dead, is never returned, and makes room for the next row in its page.
-When both pages are full of living rows, those of the oldest segments go: a cache may forget.
+A key has two possible pages; it stands in the first unless that was getting full when it came. A row names its segment
+by sequence number; a row whose segment is gone is dead, is never returned, and makes room for the next row in its page.
+When a page is full of living rows, those of the oldest segments go: a cache may forget.
 
     page 0               settings: u32 format version, u64 bytes of this file at most, u64 bytes of a segment,
                          u32 segments, u32 tokens a chunk
@@ -36,6 +36,7 @@ _SETTINGS = struct.Struct("<IQQII")
 _ENTRY = struct.Struct("<QQQ")
 _ROW = struct.Struct("<QQ")
 _COUNT = struct.Struct("<I")
+_FULL = 0.7  # share of a page from which on its rows' other pages are tried
 _KEYS_AT = PAYLOAD_OFFSET + _COUNT.size
 
 
@@ -101,6 +102,7 @@ class Index:
         """
         self.settings = settings
         self._pages = PageFile(path, settings.num_pages, settings.page_bytes, files)
+        self._first_bucket = settings.first_bucket
         self._num_buckets = settings.num_pages - settings.first_bucket
         self._capacity = settings.page_bytes - _KEYS_AT
         if self._pages.num_copies(0) == 0:
@@ -124,13 +126,16 @@ class Index:
         Raises:
             OSError: the disk fails.
         """
-        for page in self._pages_of(key):
-            image = self._pages.read(page)
-            span = _row_span(image, key)
-            if span:
-                sequence, offset = _ROW.unpack_from(image, span[0])
-                return Location(sequence, offset, unpack_body(image, span[0] + _ROW.size))
-        return None
+        first = self._first_page(key)
+        image = self._pages.read(first)
+        start = _find_row(image, key)
+        if not start:
+            image = self._pages.read(self._second_page(key, first))
+            start = _find_row(image, key)
+            if not start:
+                return None
+        sequence, offset = _ROW.unpack_from(image, start)
+        return Location(sequence, offset, unpack_body(image, start + _ROW.size))
 
     def put(self, key: bytes, sequence: int, offset: int, body: bytes, alive: Container[int]) -> list[int] | None:
         """Stage the row of `key`; return the sequence numbers of the living rows that it replaces, one each.
@@ -140,26 +145,24 @@ class Index:
         row = _ROW.pack(sequence, offset) + body
         if KEY_BYTES + 4 + len(row) > self._capacity:
             return None
-        removed = self.remove(key)
-        gone = [removed] if removed is not None and removed in alive else []
-        first, second = self._pages_of(key)
-        for page in (first, second):
-            rows = {k: r for k, r in _rows(self._pages.staged(page)).items() if _sequence(r) in alive}
-            if self._fits(rows, row):
-                self._stage(page, {**rows, key: row})
-                return gone
-        rows = {k: r for k, r in _rows(self._pages.staged(first)).items() if _sequence(r) in alive}
-        while not self._fits(rows, row):
+        pages = self._pages_of(key)
+        held = [_rows(self._pages.staged(page)) for page in pages]
+        alive_rows = [{k: r for k, r in rows.items() if k != key and _sequence(r) in alive} for rows in held]
+        replaced = [_sequence(rows[key]) for rows in held if key in rows]
+        number = self._choose([key in rows for rows in held], [self._used_bytes(rows) for rows in alive_rows])
+        rows = alive_rows[number]
+        gone = [sequence for sequence in replaced if sequence in alive]
+        while self._used_bytes({**rows, key: row}) > self._capacity:
             oldest = min(rows, key=lambda k: _sequence(rows[k]))
             gone.append(_sequence(rows.pop(oldest)))
-        self._stage(first, {**rows, key: row})
+        self._stage(pages[number], {**rows, key: row})
         return gone
 
     def remove(self, key: bytes) -> int | None:
         """Stage the removal of `key`; return the sequence number its row had, if there was one."""
         for page in self._pages_of(key):
             image = self._pages.staged(page)
-            if _row_span(image, key):
+            if _find_row(image, key):
                 rows = _rows(image)
                 row = rows.pop(key)
                 self._stage(page, rows)
@@ -216,15 +219,29 @@ class Index:
         """Close the file."""
         self._pages.close()
 
-    def _pages_of(self, key: bytes) -> tuple[int, int]:
-        buckets, first = self._num_buckets, self.settings.first_bucket
-        one = int.from_bytes(key[:8], "little") % buckets
-        other = int.from_bytes(key[8:], "little") % buckets
-        return first + one, first + (other if other != one else (one + 1) % buckets)
+    def _first_page(self, key: bytes) -> int:
+        return self._first_bucket + int.from_bytes(key[:8], "little") % self._num_buckets
 
-    def _fits(self, rows: dict[bytes, bytes], row: bytes) -> bool:
-        used = sum(map(len, rows.values())) + (KEY_BYTES + 4) * (len(rows) + 1)
-        return used + len(row) <= self._capacity
+    def _second_page(self, key: bytes, first: int) -> int:
+        page = self._first_bucket + int.from_bytes(key[8:], "little") % self._num_buckets
+        return page if page != first else self._first_bucket + (page - self._first_bucket + 1) % self._num_buckets
+
+    def _pages_of(self, key: bytes) -> tuple[int, int]:
+        first = self._first_page(key)
+        return first, self._second_page(key, first)
+
+    def _choose(self, is_there: list[bool], used_bytes: list[int]) -> int:
+        """Return which of a key's two pages takes its row.
+
+        A row never moves: a crash between the two writes would lose it. Otherwise the first page, which is looked into
+        first, unless it is getting full and the other is emptier.
+        """
+        if any(is_there):
+            return is_there.index(True)
+        return int(used_bytes[0] > self._capacity * _FULL and used_bytes[1] < used_bytes[0])
+
+    def _used_bytes(self, rows: dict[bytes, bytes]) -> int:
+        return sum(map(len, rows.values())) + (KEY_BYTES + 4) * len(rows)
 
     def _stage(self, page: int, rows: dict[bytes, bytes]) -> None:
         ends, end = [], 0
@@ -253,19 +270,18 @@ def read_settings(path: str, chunk_tokens: int, files: FileLayer) -> IndexSettin
     return IndexSettings(**dict(zip(IndexSettings.__struct_fields__, found, strict=True))) if version else None
 
 
-def _row_span(image: bytes, key: bytes) -> tuple[int, int] | None:
-    """Return where in the bucket `image` the row of `key` starts and ends."""
+def _find_row(image: bytes, key: bytes) -> int:
+    """Return where in the bucket `image` the row of `key` starts, or 0."""
     (count,) = _COUNT.unpack_from(image, PAYLOAD_OFFSET)
     ends_at = _KEYS_AT + KEY_BYTES * count
     found = image.find(key, _KEYS_AT, ends_at)
     while found >= 0 and (found - _KEYS_AT) % KEY_BYTES:
         found = image.find(key, found + 1, ends_at)
     if found < 0:
-        return None
+        return 0
     number = (found - _KEYS_AT) // KEY_BYTES
-    rows_at = ends_at + 4 * count
     start = _COUNT.unpack_from(image, ends_at + 4 * (number - 1))[0] if number else 0
-    return rows_at + start, rows_at + _COUNT.unpack_from(image, ends_at + 4 * number)[0]
+    return int(ends_at + 4 * count + start)
 
 
 def _rows(image: bytes) -> dict[bytes, bytes]:

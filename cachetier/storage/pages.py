@@ -25,6 +25,7 @@ from cachetier.storage.file_layer import FileLayer
 PAGE_HEADER = struct.Struct("<QQII")
 PAYLOAD_OFFSET = PAGE_HEADER.size
 _BODY_HEADER = struct.Struct("<QII")
+_digest = xxhash.xxh64_intdigest
 _UNKNOWN = 2  # which slot is current has not been looked up yet
 
 
@@ -63,7 +64,8 @@ class PageFile:
         """
         slot = self._current[page]
         if slot != _UNKNOWN:
-            image = self._files.pread(self._descriptor, self._page_bytes, (page * 2 + slot) * self._page_bytes)
+            size = self._page_bytes
+            image = self._files.pread(self._descriptor, size, (page * 2 + slot) * size)
             if self._is_intact(image, page):
                 return image
         with self._lock:
@@ -78,7 +80,7 @@ class PageFile:
         generation = _generation(self.read(page)) + 1
         body = _BODY_HEADER.pack(generation, page, 0) + payload
         body += bytes(self._page_bytes - 8 - len(body))
-        self._staged[page] = struct.pack("<Q", xxhash.xxh64_intdigest(body)) + body
+        self._staged[page] = struct.pack("<Q", _digest(body)) + body
 
     def commit(self) -> None:
         """Make all staged images durable, then visible.
@@ -121,7 +123,7 @@ class PageFile:
         checksum, generation, number, _ = PAGE_HEADER.unpack_from(image)
         if generation == 0:
             return image == self._empty
-        return number == page and bool(xxhash.xxh64_intdigest(memoryview(image)[8:]) == checksum)
+        return number == page and bool(_digest(image[8:]) == checksum)
 
     def _find_current(self, page: int) -> bytes:
         intact = [(slot, image) for slot, image in enumerate(self._slots(page)) if self._is_intact(image, page)]

@@ -99,7 +99,8 @@ class SegmentLog:
         self._table = recover_table(self._index, self._segments)
         self._slot_of = {entry.sequence: slot for slot, entry in enumerate(self._table) if entry.sequence}
         self._active = self._slot_of[max(self._slot_of)] if self._slot_of else None
-        self._changed = set(range(len(self._table)))
+        stored = enumerate(self._index.read_table())
+        self._changed = {slot for slot, entry in stored if entry != self._table[slot]}  # the index has yet to learn it
         self._lock = threading.Condition()
         self._reading: Counter[int] = Counter()
         self.num_rows = self._count_rows()

@@ -1,0 +1,36 @@
+"""Write a benchmark's rows to bench/results/NAME.json and print them as a table."""
+
+import json
+import os
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS_DIR = Path(__file__).parent / "results"
+
+
+def row(question: str, contender: str, value: float, unit: str, **parameters: Any) -> dict[str, Any]:
+    """Return one result; `record` adds hardware, command and date."""
+    return {"question": question, "contender": contender, "parameters": parameters, "value": value, "unit": unit}
+
+
+def record(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write `rows` to bench/results/NAME.json, in their order, and print them."""
+    script = Path(sys.argv[0])
+    command = shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    common = {"hardware": hardware(), "command": command, "date": datetime.now(UTC).date().isoformat()}
+    RESULTS_DIR.mkdir(exist_ok=True)
+    text = json.dumps([{**each, **common} for each in rows], indent=2)
+    (RESULTS_DIR / f"{name}.json").write_text(text + "\n")
+    for each in rows:
+        parameters = ", ".join(f"{key}={value}" for key, value in each["parameters"].items())
+        print(f"{each['question']:50}  {each['contender']:22}  {each['value']:>12} {each['unit']:6}  {parameters}")
+
+
+def hardware() -> str:
+    """Return the CPU's model and the number of cores."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    return f"{model}, {os.cpu_count()} cores"
