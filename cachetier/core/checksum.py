@@ -28,13 +28,12 @@ def object_checksum(payload: memoryview) -> int:
     return checksum_of(page_digests(payload))
 
 
-def pages_match(payload: memoryview, digests: memoryview, first_page: int, end_page: int) -> bool:
-    """Tell whether pages `[first_page, end_page)` of the object `payload` have the digests listed in `digests`."""
-    end = min(end_page * PAGE_BYTES, len(payload))
-    part = payload[first_page * PAGE_BYTES : end]
-    return page_digests(part) == digests[first_page * DIGEST_BYTES : end_page * DIGEST_BYTES]
+def pages_match(part: memoryview, digests: bytes | memoryview, first_page: int) -> bool:
+    """Tell whether `part`, an object's pages from `first_page` on, has the digests listed in the object's `digests`."""
+    start = first_page * DIGEST_BYTES
+    return page_digests(part) == digests[start : start + num_pages(len(part)) * DIGEST_BYTES]
 
 
-def digests_match(digests: memoryview, object_bytes: int, checksum: int) -> bool:
+def digests_match(digests: bytes | memoryview, object_bytes: int, checksum: int) -> bool:
     """Tell whether `digests` (exactly those of an object of `object_bytes`) are what `checksum` vouches for."""
     return len(digests) == num_pages(object_bytes) * DIGEST_BYTES and checksum_of(digests) == checksum

@@ -1,5 +1,6 @@
 """`CachetierConnector`: what vLLM makes once in the scheduler and once in every worker; two halves do the work."""
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+
+def log_like_vllm() -> None:
+    """Have this project's log lines appear among vLLM's, in its format and at its level."""
+    vllm_log = logging.getLogger("vllm")
+    for name in ("cachetier", "cachetier_connector"):
+        ours = logging.getLogger(name)
+        if not ours.handlers:
+            ours.handlers, ours.propagate = vllm_log.handlers, False
+            ours.setLevel(vllm_log.level)
 
 
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
@@ -72,6 +83,7 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
             UnavailableError: no `server` is configured and the private one does not start.
         """
         super().__init__(vllm_config, role, kv_cache_config)
+        log_like_vllm()
         self._facts = read_facts(vllm_config, kv_cache_config)
         self._private_server = PrivateServer(self._facts.config)
         self._scheduler: SchedulerHalf | None = None

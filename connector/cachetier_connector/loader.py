@@ -18,7 +18,7 @@ import torch
 
 from cachetier.client import ArenaView
 from cachetier.core.arena_format import STATE_FILLING, STATE_READY
-from cachetier.core.checksum import digests_match, page_digests
+from cachetier.core.checksum import digests_match, pages_match
 from cachetier.core.errors import CachetierError
 from cachetier.core.layout import DIGEST_BYTES, PAGE_BYTES, KVLayout, Piece, Shard, digests_offset, num_pages
 from cachetier_connector.arena_cache import ArenaCache
@@ -171,7 +171,7 @@ class _ShardReader:
 
     def _read_object(self, frame: int, size: int, checksum: int, pieces: list[Piece], into: memoryview) -> bool:
         digests = bytes(self.arena.frame(frame + digests_offset(size), num_pages(size) * DIGEST_BYTES))
-        if not digests_match(memoryview(digests), size, checksum):
+        if not digests_match(digests, size, checksum):
             return False
         return all(self._read_piece(frame, size, digests, piece, into) for piece in pieces)
 
@@ -187,4 +187,4 @@ class _ShardReader:
             copy = memoryview(bytes(source))
             skip = piece.object_offset - start
             target[:] = copy[skip : skip + piece.length_bytes]
-        return page_digests(copy) == digests[first_page * DIGEST_BYTES : end_page * DIGEST_BYTES]
+        return pages_match(copy, digests, first_page)
