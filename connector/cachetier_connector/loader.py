@@ -106,9 +106,9 @@ class Loader:
             log.warning("cachetier: request %s is computed, not loaded: %s", load.request_id, error)
             return load.start
         reader = _ShardReader(arena, self._layout, self._shard, load.tilings, load.chunk_tokens)
-        done = load.start
-        for first in range(0, len(load.chunks), GROUP_CHUNKS):
-            group = load.chunks[first : first + GROUP_CHUNKS]
+        chunks, done = load.chunks.unpack(load.tilings), load.start
+        for first in range(0, len(chunks), GROUP_CHUNKS):
+            group = chunks[first : first + GROUP_CHUNKS]
             shards = torch.empty(len(group), self._engine.shard_bytes(load.chunk_tokens), dtype=torch.uint8)
             num_good = self._fill(reader, group, shards)
             group_start = (load.first_chunk + first) * load.chunk_tokens

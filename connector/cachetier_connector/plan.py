@@ -6,23 +6,42 @@ are half-open and count from the start of the prompt; chunk numbers are position
 
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import xxhash
 
-from cachetier.core.keys import TOKEN_BYTES
+from cachetier.core.keys import KEY_BYTES, TOKEN_BYTES
 from cachetier.core.layout import Shard
 from cachetier.core.messages import MatchReply
 
 
-class ChunkSource(msgspec.Struct, frozen=True, array_like=True):
+class ChunkSource(NamedTuple):
     """Where one chunk to load lies: its key, and arena offsets and checksums of its objects in tiling order."""
 
     key: bytes
     tiling: int
     frames: list[int]
     checksums: list[int]
+
+
+class HeldChunks(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive held chunks, packed as in `MatchReply`: the scheduler's thread only slices, a worker unpacks."""
+
+    keys: bytes
+    tiling_of: bytes
+    frames: list[int]
+    checksums: list[int]
+
+    def unpack(self, tilings: Sequence[Sequence[Shard]]) -> list[ChunkSource]:
+        """Return the chunks one by one."""
+        sizes, offset, sources = [len(tiling) for tiling in tilings], 0, []
+        for number, tiling in enumerate(self.tiling_of):
+            until = offset + sizes[tiling]
+            key = self.keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]
+            sources.append(ChunkSource(key, tiling, self.frames[offset:until], self.checksums[offset:until]))
+            offset = until
+        return sources
 
 
 class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +63,7 @@ class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
     end: int
     chunk_tokens: int
     first_chunk: int
-    chunks: list[ChunkSource]
+    chunks: HeldChunks
     tilings: list[list[Shard]]
     block_ids: list[int]
     arena_path: str
@@ -105,28 +124,29 @@ def loadable_end(num_held_chunks: int, chunk_tokens: int, num_tokens: int) -> in
     return max(0, min(num_held_chunks * chunk_tokens, num_tokens - 1))
 
 
-def chunks_to_load(reply: MatchReply, start: int, end: int, chunk_tokens: int) -> tuple[int, list[ChunkSource]]:
+def chunks_to_load(reply: MatchReply, start: int, end: int, chunk_tokens: int) -> tuple[int, HeldChunks]:
     """Return the position of the first chunk that tokens `[start, end)` touch, and where these chunks lie."""
     first, last = start // chunk_tokens, -(-end // chunk_tokens)
     sizes = [len(tiling) for tiling in reply.tilings]
-    offset, sources = 0, []
-    for position in range(last):
-        tiling = reply.tiling_of[position]
-        until = offset + sizes[tiling]
-        if position >= first:
-            key = reply.keys[position * 16 : position * 16 + 16]
-            sources.append(ChunkSource(key, tiling, reply.frames[offset:until], reply.checksums[offset:until]))
-        offset = until
-    return first, sources
+    skip = sum(reply.tiling_of.count(tiling, 0, first) * size for tiling, size in enumerate(sizes))
+    until = sum(reply.tiling_of.count(tiling, 0, last) * size for tiling, size in enumerate(sizes))
+    return first, HeldChunks(
+        reply.keys[first * KEY_BYTES : last * KEY_BYTES],
+        reply.tiling_of[first:last],
+        reply.frames[skip:until],
+        reply.checksums[skip:until],
+    )
 
 
 def split_by_tier(reply: MatchReply, start: int, end: int, chunk_tokens: int) -> dict[int, int]:
     """Return how many of the tokens `[start, end)` come from which tier."""
-    counts: dict[int, int] = {}
-    for position in range(start // chunk_tokens, -(-end // chunk_tokens)):
-        from_token, to_token = max(start, position * chunk_tokens), min(end, (position + 1) * chunk_tokens)
-        tier = reply.tiers[position]
-        counts[tier] = counts.get(tier, 0) + to_token - from_token
+    if start >= end:
+        return {}
+    first, last = start // chunk_tokens, -(-end // chunk_tokens)
+    tiers = reply.tiers[first:last]
+    counts = {tier: tiers.count(tier) * chunk_tokens for tier in set(tiers)}
+    counts[tiers[0]] -= start - first * chunk_tokens
+    counts[tiers[-1]] -= last * chunk_tokens - end
     return counts
 
 
