@@ -25,28 +25,48 @@ REPLY_S = 120
 class Engine:
     """A vLLM engine in another process."""
 
-    def __init__(self, log: Path, connector: dict | None = None, probe_dir: Path | None = None, **arguments) -> None:
+    def __init__(
+        self,
+        log: Path,
+        connector: dict | None = None,
+        probe_dir: Path | None = None,
+        kv_role: str = "kv_both",
+        **arguments,
+    ) -> None:
         """Start it.
 
         Args:
             log: where its output goes.
             connector: `kv_connector_extra_config`, or None for a plain engine.
             probe_dir: where the KV of every request goes, if anywhere.
+            kv_role: what the connector may do.
             arguments: vLLM's engine arguments.
         """
         options = {
-            "model": str(MODEL), "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 4096, "seed": 0,
+            "model": str(MODEL),
+            "dtype": "bfloat16",
+            "enforce_eager": True,
+            "max_model_len": 4096,
+            "seed": 0,
         } | arguments
         if connector is not None:
-            name, module = ("ProbeConnector", "tests.e2e.probe_connector") if probe_dir else ("CachetierConnector", None)
+            name, module = (
+                ("ProbeConnector", "tests.e2e.probe_connector") if probe_dir else ("CachetierConnector", None)
+            )
             options["kv_transfer_config"] = {
-                "kv_connector": name, "kv_connector_module_path": module, "kv_role": "kv_both",
+                "kv_connector": name,
+                "kv_connector_module_path": module,
+                "kv_role": kv_role,
                 "kv_connector_extra_config": connector,
             }
         read_end, write_end = os.pipe()
         environment = os.environ | {
-            "CACHETIER_TEST_REPLY_FD": str(write_end), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO",
-            "CACHETIER_TEST_DUMP_DIR": str(probe_dir or ""), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
+            "CACHETIER_TEST_REPLY_FD": str(write_end),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_LOGGING_LEVEL": "INFO",
+            "CACHETIER_TEST_DUMP_DIR": str(probe_dir or ""),
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
         }
         if options.get("tensor_parallel_size", 1) == 2:
@@ -55,8 +75,14 @@ class Engine:
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.e2e.engine_process", json.dumps(options)],
-                stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=[write_end], env=environment,
-                start_new_session=True, cwd=ROOT, text=True,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=[write_end],
+                env=environment,
+                start_new_session=True,
+                cwd=ROOT,
+                text=True,
             )
         os.close(write_end)
         self._replies = os.fdopen(read_end)
@@ -126,7 +152,10 @@ class Server:
                     *(sys.executable, "-m", "cachetier.cli.main", "serve", "--data-dir", str(self.data_dir)),
                     *("--socket", str(self.socket), *self._options),
                 ],
-                stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=ROOT,
             )
         line = self.process.stdout.readline()
         assert line.startswith("cachetier ready"), (self.folder / "server.log").read_text()[-3000:]
@@ -140,6 +169,12 @@ class Server:
         """SIGKILL."""
         self.process.kill()
         self.process.wait()
+
+    def restart_with(self, data_dir: Path) -> None:
+        """Stop it and start one with another data directory at the same socket."""
+        self.stop()
+        self.data_dir = data_dir
+        self.start()
 
     def stats(self) -> dict:
         """Return what `cachetier stats --json` says."""
@@ -239,4 +274,3 @@ def dumped_kv(folder: Path, name: str, num_heads: int = 4, num_layers: int = 4, 
 def as_float(kv: np.ndarray) -> np.ndarray:
     """Return bfloat16 bits as float32."""
     return (kv.astype(np.uint32) << 16).view(np.float32)
-
