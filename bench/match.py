@@ -8,9 +8,6 @@ match, so the frames stay unfilled. Prints a table and writes bench/results/matc
 """
 
 import argparse
-import json
-import os
-import platform
 import random
 import struct
 import subprocess
@@ -18,9 +15,9 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
+
+from record import record, row
 
 from cachetier.client import Client, Session
 from cachetier.core.keys import ModelIdentity
@@ -40,7 +37,7 @@ IDENTITY = ModelIdentity(
     k_head_size=8,
     v_head_size=8,
 )
-RESULT = Path(__file__).parent / "results" / "match.json"
+QUESTION = "How long does an engine wait for a match?"
 
 
 def prompt(num_chunks: int) -> bytes:
@@ -103,29 +100,6 @@ def measure(socket_path: str, num_chunks: int, clients: int, pause_s: float, rep
     }
 
 
-def hardware() -> str:
-    """Return what this machine is."""
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{os.cpu_count()} cores {models[0].partition(': ')[2] if models else platform.machine()}"
-
-
-def rows_of(case: dict[str, Any], values: dict[str, float]) -> list[dict[str, Any]]:
-    """Return the results of one case in the form of bench/results."""
-    return [
-        {
-            "question": "How long does an engine wait for a match?",
-            "contender": "cachetier",
-            "parameters": {**case, "measure": name},
-            "value": round(value, 4),
-            "unit": "1/s" if name == "matches/s" else "ms",
-            "hardware": hardware(),
-            "command": "python bench/match.py",
-            "date": datetime.now(UTC).date().isoformat(),
-        }
-        for name, value in values.items()
-    ]
-
-
 def main() -> None:
     """Run all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,21 +111,28 @@ def main() -> None:
         command += ["--host-bytes", "64MiB", "--disk-bytes", "64MiB"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
-            print(server.stdout.readline().rstrip())
+            assert server.stdout.readline(), "the server did not start"
             socket_path = f"{folder}/data/cachetier.sock"
-            print(f"{'chunks':>7}{'clients':>8}{'pause ms':>9}{'median ms':>11}{'p99 ms':>8}{'cpu ms':>8}{'per s':>8}")
             try:
                 for num_chunks, clients, pause_s in ((1, 1, 0), (64, 1, 0), (512, 1, 0), (512, 16, 0), (512, 16, 0.2)):
                     Prober(socket_path).store(prompt(num_chunks))
                     values = measure(socket_path, num_chunks, clients, pause_s, repeats if not pause_s else 50)
-                    median, p99, cpu, rate = values.values()
-                    case = f"{num_chunks:>7}{clients:>8}{pause_s * 1e3:>9.0f}"
-                    print(f"{case}{median:>11.3f}{p99:>8.2f}{cpu:>8.3f}{rate:>8.0f}")
-                    rows += rows_of({"chunks": num_chunks, "clients": clients, "pause_ms": pause_s * 1e3}, values)
+                    rows += [
+                        row(
+                            QUESTION,
+                            "cachetier",
+                            round(value, 4),
+                            "1/s" if name == "matches/s" else "ms",
+                            chunks=num_chunks,
+                            clients=clients,
+                            pause_ms=round(pause_s * 1e3),
+                            measure=name,
+                        )
+                        for name, value in values.items()
+                    ]
             finally:
                 server.terminate()
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+    record("match", rows)
 
 
 if __name__ == "__main__":
