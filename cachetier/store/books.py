@@ -8,15 +8,18 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import TOKEN_BYTES, ChainHasher, contents_of
 from cachetier.core.messages import MAX_CHUNKS
+from cachetier.storage.arena import Arena
 from cachetier.storage.disk import DiskTier
 from cachetier.store.disk_pins import DiskPins
 from cachetier.store.host import HostTable
 from cachetier.store.leases import LeaseTable
 from cachetier.store.namespaces import NamespaceTable
-from cachetier.store.stats import Counters, TokenCounts
+from cachetier.store.stats import Counters, HitTokens, Stats, TierBytes, TierSizes, TokenCounts
 
 SALT_LENGTH_MAX = 1024
 EXTRA_BYTES_MAX = 1024
@@ -57,3 +60,28 @@ class Books:
             if number < 0 or len(extra) > EXTRA_BYTES_MAX:
                 raise ProtocolError(f"extra of chunk {number} with {len(extra)} bytes; at most {EXTRA_BYTES_MAX}")
         return contents_of(tokens, self.chunk_tokens, by_number)
+
+    def snapshot(self, arena: Arena, *, instance: str, uptime_s: float, flush_backlog_bytes: int) -> Stats:
+        """Return all counters and gauges as they are now (lock held)."""
+        disk, table, tokens = self.disk, self.table, self.tokens
+        num_durable = disk.num_chunks if disk else 0
+        return Stats(
+            instance=instance,
+            uptime_s=uptime_s,
+            tokens=TokenCounts(tokens.queried, HitTokens(tokens.hit.host, tokens.hit.disk), tokens.stored),
+            bytes=TierSizes(
+                TierBytes(arena.used_bytes, arena.data_bytes),
+                TierBytes(disk.used_bytes, disk.limit_bytes) if disk else TierBytes(),
+            ),
+            chunks=table.num_host_only + num_durable,
+            chunks_host=table.num_ready,
+            chunks_durable=num_durable,
+            chunks_pending=table.num_pending,
+            leases=self.leases.num_leases,
+            sessions=self.leases.num_sessions,
+            namespaces=len(self.namespaces),
+            flush_backlog_bytes=flush_backlog_bytes,
+            host_evicted=table.num_evicted,
+            disk=msgspec.structs.asdict(disk.counters) if disk else {},
+            **msgspec.structs.asdict(self.counters),
+        )

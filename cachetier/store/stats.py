@@ -3,14 +3,7 @@
 Counters only grow while the server runs; gauges are taken when `Store.stats` is called. Salts and keys never appear.
 """
 
-from typing import TYPE_CHECKING
-
 import msgspec
-
-from cachetier.storage.arena import Arena
-
-if TYPE_CHECKING:
-    from cachetier.store.books import Books
 
 
 class HitTokens(msgspec.Struct):
@@ -121,29 +114,3 @@ class Stats(msgspec.Struct):
     flushes_dropped: int
     leases_expired: int
     disk: dict[str, int]
-
-
-def snapshot(books: "Books", arena: Arena, *, instance: str, uptime_s: float, flush_backlog_bytes: int) -> Stats:
-    """Return what the books say now (lock held)."""
-    disk, table, tokens = books.disk, books.table, books.tokens
-    num_durable = disk.num_chunks if disk else 0
-    return Stats(
-        instance=instance,
-        uptime_s=uptime_s,
-        tokens=TokenCounts(tokens.queried, HitTokens(tokens.hit.host, tokens.hit.disk), tokens.stored),
-        bytes=TierSizes(
-            TierBytes(arena.used_bytes, arena.data_bytes),
-            TierBytes(disk.used_bytes, disk.limit_bytes) if disk else TierBytes(),
-        ),
-        chunks=table.num_host_only + num_durable,
-        chunks_host=table.num_ready,
-        chunks_durable=num_durable,
-        chunks_pending=table.num_pending,
-        leases=books.leases.num_leases,
-        sessions=books.leases.num_sessions,
-        namespaces=len(books.namespaces),
-        flush_backlog_bytes=flush_backlog_bytes,
-        host_evicted=table.num_evicted,
-        disk=msgspec.structs.asdict(disk.counters) if disk else {},
-        **msgspec.structs.asdict(books.counters),
-    )

@@ -46,7 +46,7 @@ from cachetier.store.leases import Lease, LeaseTable
 from cachetier.store.matching import Matcher
 from cachetier.store.namespaces import NamespaceTable
 from cachetier.store.promotion import Promoter
-from cachetier.store.stats import Stats, snapshot
+from cachetier.store.stats import Stats
 from cachetier.store.storing import Storer
 
 INSTANCE_BYTES = 16
@@ -231,8 +231,7 @@ class Store:
         """Return a snapshot of all counters and gauges."""
         backlog = self._flusher.backlog_bytes if self._flusher else 0
         with self._books.lock:
-            return snapshot(
-                self._books,
+            return self._books.snapshot(
                 self._arena,
                 instance=self.instance,
                 uptime_s=self._clock() - self._opened_at,
