@@ -214,24 +214,27 @@ sys.exit(main.main(sys.argv[2:]))
 def test_sigterm_ends_the_server_within_ten_seconds_even_when_the_disk_hangs(tmp_path: Path) -> None:
     hangs = tmp_path / "hangs"
     command = [sys.executable, "-c", HANGING_DISK, str(hangs), *serve_command(tmp_path / "data")[3:]]
-    hanging = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert hanging.stdout is not None
-    assert hanging.stderr is not None
-    assert hanging.stdout.readline().startswith("cachetier ready")
-    engine = TinyEngine(str(tmp_path / "data" / "cachetier.sock"))
-    hangs.touch()
-    engine.store(tokens_of(1, 5))
-    while "hanging" not in hanging.stderr.readline():
-        pass
-    start = time.monotonic()
-    hanging.terminate()
-    assert hanging.wait(15) == 0
-    assert time.monotonic() - start < 10
-    assert "the disk hangs" in hanging.stderr.read()
-    assert not os.path.exists(engine.session.server.arena_path)
-    hanging.stdout.close()
-    hanging.stderr.close()
-    engine.close()
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as hanging:
+        try:
+            assert hanging.stdout is not None
+            assert hanging.stderr is not None
+            assert hanging.stdout.readline().startswith("cachetier ready")
+            engine = TinyEngine(str(tmp_path / "data" / "cachetier.sock"))
+            hangs.touch()
+            engine.store(tokens_of(1, 5))
+            while "hanging" not in hanging.stderr.readline():
+                pass
+            start = time.monotonic()
+            hanging.terminate()
+            assert hanging.wait(15) == 0
+            assert time.monotonic() - start < 10
+            assert "the disk hangs" in hanging.stderr.read()
+            assert not os.path.exists(engine.session.server.arena_path)
+            engine.close()
+        finally:
+            hanging.kill()
 
 
 @pytest.mark.slow
