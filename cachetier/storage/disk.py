@@ -71,10 +71,8 @@ class DiskTier:
         """
         with self._write_lock:
             self._remove_condemned()
-            fresh = {write.chunk.key: write for write in chunks if not self._find(write.chunk.key)}
-            self._segment_log.write(list(fresh.values()))
+            stored = self._segment_log.write(chunks)
             self._remove_condemned()
-            stored = [self._find(write.chunk.key) is not None for write in chunks]
         self.counters.refused += stored.count(False)
         return stored
 

@@ -137,6 +137,19 @@ class Index:
         sequence, offset = _ROW.unpack_from(image, start)
         return Location(sequence, offset, unpack_body(image, start + _ROW.size))
 
+    def place(self, key: bytes) -> int | None:
+        """Return the sequence number in the row of `key`, staged or not; pages are kept for the `put` that follows.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        for page in self._pages_of(key):
+            image = self._pages.staged(page)
+            start = _find_row(image, key)
+            if start:
+                return int(_ROW.unpack_from(image, start)[0])
+        return None
+
     def put(self, key: bytes, sequence: int, offset: int, body: bytes, alive: Container[int]) -> list[int] | None:
         """Stage the row of `key`; return the sequence numbers of the living rows that it replaces, one each.
 

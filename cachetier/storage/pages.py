@@ -47,6 +47,7 @@ class PageFile:
         self._empty = bytes(page_bytes)
         self._current = bytearray([_UNKNOWN]) * num_pages
         self._staged: dict[int, bytes] = {}
+        self._read_ahead: dict[int, bytes] = {}  # what `staged` has read since the last commit
         self._lock = threading.Lock()
         self.num_bad = 0
         self._descriptor = files.open(path, create=True)
@@ -73,11 +74,14 @@ class PageFile:
 
     def staged(self, page: int) -> bytes:
         """Return the image of `page` that the next commit would leave."""
-        return self._staged.get(page) or self.read(page)
+        image = self._staged.get(page) or self._read_ahead.get(page)
+        if image is None:
+            image = self._read_ahead[page] = self.read(page)
+        return image
 
     def stage(self, page: int, payload: bytes) -> None:
         """Replace the payload of `page` at the next commit; it is padded with zeros."""
-        generation = _generation(self.read(page)) + 1
+        generation = _generation(self.staged(page)) + (page not in self._staged)
         body = _BODY_HEADER.pack(generation, page, 0) + payload
         body += bytes(self._page_bytes - 8 - len(body))
         self._staged[page] = struct.pack("<Q", _digest(body)) + body
@@ -88,6 +92,7 @@ class PageFile:
         Raises:
             OSError: the disk fails; everything stays staged for the next commit, and nothing becomes visible.
         """
+        self._read_ahead = {}
         if not self._staged:
             return
         for page, image in sorted(self._staged.items()):

@@ -62,10 +62,17 @@ class _Item(msgspec.Struct, frozen=True):
 
     write: ChunkToWrite
     body: bytes
+    header_bytes: int
+    payload_bytes: int
 
     @property
     def record_bytes(self) -> int:
-        return header_bytes_of(len(self.body)) + self.write.chunk.payload_bytes()
+        return self.header_bytes + self.payload_bytes
+
+
+def _make_item(write: ChunkToWrite) -> _Item:
+    body = pack_body(write.chunk)
+    return _Item(write, body, header_bytes_of(len(body)), write.chunk.payload_bytes())
 
 
 class SegmentLog:
@@ -135,18 +142,33 @@ class SegmentLog:
         self.counters.read_errors += 1
         return False
 
-    def write(self, chunks: Sequence[ChunkToWrite]) -> None:
-        """Write chunks that are not stored yet; those that the disk takes are durable and visible when it returns."""
-        batch: list[_Item] = []
+    def write(self, chunks: Sequence[ChunkToWrite]) -> list[bool]:
+        """Write the chunks that are not stored yet; return which of them are durable and visible now."""
+        places: dict[ChainKey, int] = {}  # sequence number of the segment where a durable row points
+        batch: dict[ChainKey, _Item] = {}
+        try:
+            self._index.commit()  # what an earlier failure left staged is not durable yet
+            held = [self._index.place(chunk.chunk.key) for chunk in chunks]
+        except OSError as error:
+            self.counters.write_errors += 1
+            _log.warning("%d chunks were not stored: %s", len(chunks), error)
+            return [False] * len(chunks)
         free = self._free_bytes()
-        for item in [_Item(chunk, pack_body(chunk.chunk)) for chunk in chunks]:
+        for chunk, place in zip(chunks, held, strict=True):
+            key = chunk.chunk.key
+            if place in self._slot_of:
+                places[key] = place
+            if key in batch or key in places:
+                continue
+            item = _make_item(chunk)
             if item.record_bytes > free:
-                self._write_batch(batch)
-                batch, free = [], self._make_room(item.record_bytes)
+                places |= self._write_batch(batch)
+                batch, free = {}, self._make_room(item.record_bytes)
             if item.record_bytes <= free:
-                batch.append(item)
+                batch[key] = item
                 free -= item.record_bytes
-        self._write_batch(batch)
+        places |= self._write_batch(batch)
+        return [places.get(chunk.chunk.key) in self._slot_of for chunk in chunks]
 
     def remove(self, keys: Iterable[ChainKey]) -> None:
         """Remove rows, durably.
@@ -224,33 +246,34 @@ class SegmentLog:
                     break
         return self._free_bytes()
 
-    def _write_batch(self, items: list[_Item]) -> int:
-        """Write `items`, which fit, into the active segment; return how many are durable and visible."""
-        if not items:
-            return 0
+    def _write_batch(self, batch: dict[ChainKey, _Item]) -> dict[ChainKey, int]:
+        """Write `batch`, which fits, into the active segment; return where the rows point that are durable now."""
+        if not batch:
+            return {}
+        items = list(batch.values())
         assert self._active is not None
         slot, entry = self._active, self._table[self._active]
         before = msgspec.structs.replace(entry)
         try:
             self._write_payloads(slot, entry, items)
-            num_stored = self._put_rows(entry, items)
+            stored = self._put_rows(entry, items)
             lagging = [*self._table[:slot], before, *self._table[slot + 1 :]]
             self._index.stage_table(lagging, self._changed | {slot})
             self._index.commit()
         except OSError as error:
             self.counters.write_errors += 1
             _log.warning("%d chunks were not stored: %s", len(items), error)
-            return 0
+            return {}
         self._changed = {slot}
         self.num_rows = self._count_rows()
-        return num_stored
+        return dict.fromkeys(stored, entry.sequence)
 
     def _write_payloads(self, slot: int, entry: SegmentEntry, items: list[_Item]) -> None:
-        headers = aligned_buffer(sum(header_bytes_of(len(item.body)) for item in items))
+        headers = aligned_buffer(sum(item.header_bytes for item in items))
         buffers: list[memoryview] = []
         start, offset, length = 0, entry.tail, 0
         for item in items:
-            header = pack_header(item.body, item.write.chunk.payload_bytes(), entry.sequence)
+            header = pack_header(item.body, item.payload_bytes, entry.sequence)
             headers[start : start + len(header)] = header
             if len(buffers) + 1 + len(item.write.frames) > _BUFFERS_MAX:
                 self._segments.write(slot, buffers, offset)
@@ -260,16 +283,17 @@ class SegmentLog:
         self._segments.write(slot, buffers, offset)
         self._segments.sync(slot)
 
-    def _put_rows(self, entry: SegmentEntry, items: list[_Item]) -> int:
-        rows_before = entry.num_rows
+    def _put_rows(self, entry: SegmentEntry, items: list[_Item]) -> list[ChainKey]:
+        stored = []
         for item in items:
             gone = self._index.put(item.write.chunk.key, entry.sequence, entry.tail, item.body, self._slot_of)
             entry.tail += item.record_bytes
             if gone is not None:
+                stored.append(item.write.chunk.key)
                 entry.num_rows += 1
                 for sequence in gone:
                     self._forget_row(sequence)
-        return entry.num_rows - rows_before
+        return stored
 
     def _forget_row(self, sequence: int) -> None:
         slot = self._slot_of[sequence]
@@ -316,23 +340,25 @@ class SegmentLog:
 
     def _carry_over(self, slot: int, entry: SegmentEntry) -> None:
         budget = self._segments.segment_bytes // 2
-        batch: list[_Item] = []
+        batch: dict[ChainKey, _Item] = {}
         for offset, header in self._segments.headers(slot, entry.sequence, 0):
             key = header.chunk.key
             location = self.find(key)
             if location is None or (location.sequence, location.offset) != (entry.sequence, offset):
                 continue
             is_kept = self._is_pinned(key) or (header.record_bytes <= budget and self._is_hot(key))
-            if not is_kept or header.record_bytes > self._free_bytes() - sum(item.record_bytes for item in batch):
+            if not is_kept or header.record_bytes > self._free_bytes() - sum(
+                item.record_bytes for item in batch.values()
+            ):
                 continue
             budget -= header.record_bytes
             payload = aligned_buffer(header.record_bytes - header.header_bytes)
             self._segments.read(slot, [payload], offset + header.header_bytes)
-            batch.append(_Item(ChunkToWrite(chunk=header.chunk, frames=[payload]), pack_body(header.chunk)))
-            if sum(item.record_bytes for item in batch) >= _CARRY_BYTES:
-                self.counters.carried += self._write_batch(batch)
-                batch = []
-        self.counters.carried += self._write_batch(batch)
+            batch[key] = _make_item(ChunkToWrite(chunk=header.chunk, frames=[payload]))
+            if sum(item.record_bytes for item in batch.values()) >= _CARRY_BYTES:
+                self.counters.carried += len(self._write_batch(batch))
+                batch = {}
+        self.counters.carried += len(self._write_batch(batch))
 
     def _count_rows(self) -> int:
         return sum(entry.num_rows for entry in self._table if entry.sequence)
