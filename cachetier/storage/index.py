@@ -1,6 +1,6 @@
 """The index: where on disk each chunk lies, and what is known of it, in a hash table of checksummed pages.
 
-Why not an embedded database: LMDB maps its file and follows the offsets in it. Of 2,500 bits flipped in the page headers
+Why not LMDB: it maps its file and follows the offsets in it. Of 2,500 bits flipped in the page headers
 and settings of an LMDB file, four ended the process with SIGBUS or SIGSEGV at the next lookup, and the only check of a
 file (`lmdb.verify`) reads all of it. Here every lookup verifies the one page it reads; nothing has to be checked,
 replayed or rebuilt at open; and a lookup costs the same at any size.
