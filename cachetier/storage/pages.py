@@ -26,6 +26,7 @@ PAGE_HEADER = struct.Struct("<QQII")
 PAYLOAD_OFFSET = PAGE_HEADER.size
 _BODY_HEADER = struct.Struct("<QII")
 _digest = xxhash.xxh64_intdigest
+_FILL_BYTES = 4 << 20
 _UNKNOWN = 2  # which slot is current has not been looked up yet
 
 
@@ -33,7 +34,7 @@ class PageFile:
     """Pages of `page_bytes` each, of which `page_bytes - PAYLOAD_OFFSET` are payload.
 
     Attributes:
-        num_bad: slots whose checksum did not hold when they were read, since the file was opened.
+        num_bad: slots whose checksum did not hold when they were needed, since the file was opened.
     """
 
     def __init__(self, path: str, num_pages: int, page_bytes: int, files: FileLayer) -> None:
@@ -52,7 +53,7 @@ class PageFile:
         self.num_bad = 0
         self._descriptor = files.open(path, create=True)
         try:
-            files.fallocate(self._descriptor, num_pages * page_bytes * 2)
+            self._fill(num_pages * page_bytes * 2)
         except OSError:
             files.close(self._descriptor)
             raise
@@ -116,6 +117,18 @@ class PageFile:
         """Close the file; staged images are forgotten."""
         self._files.close(self._descriptor)
 
+    def _fill(self, file_bytes: int) -> None:
+        """Give a new file its size and write zeros all over it.
+
+        Pages are written in random order. In space that is only reserved each of them would become an extent of its
+        own, and with a million extents the file system needs seconds to open and minutes to remove the file.
+        """
+        start = self._files.size(self._descriptor)
+        if start < file_bytes:
+            self._files.fallocate(self._descriptor, file_bytes)
+        for offset in range(start, file_bytes, _FILL_BYTES):
+            self._files.pwritev(self._descriptor, [bytes(min(_FILL_BYTES, file_bytes - offset))], offset)
+
     def _target(self, page: int) -> int:
         return 1 - self._current[page]
 
@@ -131,11 +144,15 @@ class PageFile:
         return number == page and bool(_digest(image[8:]) == checksum)
 
     def _find_current(self, page: int) -> bytes:
-        intact = [(slot, image) for slot, image in enumerate(self._slots(page)) if self._is_intact(image, page)]
-        self.num_bad += 2 - len(intact)
-        slot, image = max(intact, key=lambda pair: _generation(pair[1]), default=(1, self._empty))
-        self._current[page] = slot
-        return image
+        slots = self._slots(page)
+        first = int(_generation(slots[1]) > _generation(slots[0]))
+        for slot in (first, 1 - first):
+            if self._is_intact(slots[slot], page):
+                self._current[page] = slot
+                return slots[slot]
+            self.num_bad += 1
+        self._current[page] = 1
+        return self._empty
 
 
 def _generation(image: bytes) -> int:

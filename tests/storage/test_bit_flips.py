@@ -18,7 +18,7 @@ from cachetier.storage.verify import verify
 from tests.storage.chunks import blank_frames, is_intact, make_chunk, objects
 
 SHAPE = IndexSettings(limit_bytes=256 << 10, segment_bytes=1 << 20, num_segments=4, chunk_tokens=64)
-WRITES = [make_chunk(seed, object_bytes=6000, num_shards=2) for seed in range(32)]
+WRITES = [make_chunk(seed, object_bytes=6000, num_shards=2) for seed in range(20)]
 
 
 @pytest.fixture(scope="module")
