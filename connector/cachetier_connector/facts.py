@@ -91,6 +91,11 @@ def read_identity(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", f
     )
 
 
+def is_addressable(request: "Request") -> bool:
+    """Tell whether token ids say what the request's prompt is: not where embeddings stand in for tokens."""
+    return request.prompt_token_ids is not None and getattr(request, "prompt_embeds", None) is None
+
+
 def adapter_of(request: "Request") -> tuple[str, str] | None:
     """Return (name, path) of the request's LoRA adapter, or None."""
     lora = request.lora_request

@@ -16,7 +16,7 @@ import msgspec
 
 from cachetier.core.keys import KEY_BYTES, TOKEN_BYTES, ModelIdentity
 from cachetier.core.messages import TIER_DISK, TIER_HOST
-from cachetier_connector.facts import EngineFacts, may_read
+from cachetier_connector.facts import EngineFacts, is_addressable, may_read
 from cachetier_connector.link import ServerLink
 from cachetier_connector.matcher import Matcher
 from cachetier_connector.plan import (
@@ -74,7 +74,7 @@ class SchedulerHalf:
 
     def on_new_request(self, request: "Request") -> None:
         """Start to match a request that has just arrived."""
-        if request.prompt_token_ids is None:  # prompt embeddings have no tokens to address
+        if not is_addressable(request):
             return
         load, store, complaint = wishes_of(request.kv_transfer_params)
         if complaint:
@@ -138,6 +138,13 @@ class SchedulerHalf:
                 instance=ticket.instance,
             )
         )
+
+    def tiers_of(self, request: "Request") -> dict[int, int]:
+        """Return how many tokens of the load just planned come from which tier."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.loading is None or tracked.ticket is None or tracked.ticket.reply is None:
+            return {}
+        return split_by_tier(tracked.ticket.reply, *tracked.loading, tracked.ticket.chunk_tokens)
 
     def build_plan(self, output: "SchedulerOutput") -> StepPlan:
         """Return what the workers do in this step, and start the next plan."""
@@ -209,6 +216,9 @@ class SchedulerHalf:
     def _follow(self, output: "SchedulerOutput") -> None:
         """Follow block tables and computed tokens."""
         scheduled = output.num_scheduled_tokens
+        for request_id in output.preempted_req_ids or ():
+            if tracked := self._requests.get(request_id):  # its blocks are others' now
+                tracked.block_ids, tracked.computed_end = [], 0
         for new in output.scheduled_new_reqs:
             if tracked := self._requests.get(new.req_id):
                 tracked.block_ids = list(new.block_ids[0])
