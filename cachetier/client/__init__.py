@@ -5,7 +5,7 @@ Everything here is synchronous; a `Client` belongs to one thread at a time. Noth
 
 from cachetier.client.arena_view import ArenaView
 from cachetier.client.client import Client
-from cachetier.client.private_server import ServerHandle, ensure_server
+from cachetier.client.private_server import ServerHandle, ensure_server, expected_socket
 from cachetier.client.session import Session
 
-__all__ = ["ArenaView", "Client", "ServerHandle", "Session", "ensure_server"]
+__all__ = ["ArenaView", "Client", "ServerHandle", "Session", "ensure_server", "expected_socket"]

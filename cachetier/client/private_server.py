@@ -94,6 +94,11 @@ def ensure_server(config: ConnectorConfig, timeout_s: float = START_TIMEOUT_S) -
     )
 
 
+def expected_socket(config: ConnectorConfig) -> str:
+    """Return where the server of an engine with this configuration most likely listens; nothing is looked up."""
+    return config.server.removeprefix("unix:") or str(Path(config.data_dir or default_data_dir(), "cachetier.sock"))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Found:
     socket_path: str

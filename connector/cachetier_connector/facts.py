@@ -166,7 +166,9 @@ def _refuse_unsupported(vllm_config: "VllmConfig", spec: Any) -> None:
         "context parallelism spreads the tokens of a block over ranks": parallel.decode_context_parallel_size > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "it is an encoder-decoder model": bool(model.is_encoder_decoder),
-        "its attention is not causal, so KV depends on later tokens": getattr(spec, "non_causal", False),
+        "its attention is not causal, so KV depends on later tokens": getattr(spec, "non_causal", False)
+        or getattr(spec, "non_causal_multi_token_decode", False)
+        or getattr(model, "is_diffusion", False),
         "its KV scales are computed while it runs": getattr(vllm_config.cache_config, "calculate_kv_scales", False),
         "its KV cache packs several tokens or pads its pages": getattr(spec, "tokens_per_state", 1) != 1
         or getattr(spec, "page_size_padded", None) is not None,

@@ -1,8 +1,9 @@
-"""The worker's load thread: from frames of the arena into paged blocks, every byte verified on the way.
+"""The worker's load threads: from frames of the arena into paged blocks, every byte verified on the way.
 
 Bytes are copied out of the arena first and verified in the copy: a frame whose lease has expired may change under the
-reader's eyes, and must then be a miss and never wrong KV. The thread waits for frames that a promotion is filling by
-watching their state; it never talks to the server.
+reader's eyes, and must then be a miss and never wrong KV. A thread waits for frames that a promotion is filling by
+watching their state; it never talks to the server. There are two, so that a load from memory need not wait behind one
+from disk.
 
 Locking design: loads travel through a queue; results are collected under `_lock`. The blocks of a failed load are added
 before its request counts as finished, as vLLM demands.
@@ -25,6 +26,7 @@ from cachetier_connector.arena_cache import ArenaCache
 from cachetier_connector.copy_base import CopyEngine
 from cachetier_connector.plan import ChunkSource, LoadOp
 
+NUM_THREADS = 2
 GROUP_CHUNKS = 16
 WATCH_INTERVAL_S = 0.0002
 
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Loader:
-    """Carries out `LoadOp`s one after the other on a thread of its own."""
+    """Carries out `LoadOp`s on threads of its own."""
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class Loader:
         stall_s: float,
         report_corrupt: Callable[[bytes], None],
     ) -> None:
-        """Start the thread.
+        """Start the threads.
 
         Args:
             engine: of this rank's paged blocks.
@@ -60,8 +62,12 @@ class Loader:
         self._finished: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._loads: queue.SimpleQueue[LoadOp | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="cachetier-loader", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"cachetier-loader-{number}", daemon=True)
+            for number in range(NUM_THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, load: LoadOp) -> None:
         """Queue a load. The engine bounds their number: each holds paged blocks."""
@@ -80,9 +86,11 @@ class Loader:
         return bad
 
     def stop(self) -> None:
-        """End the thread after the load under way."""
-        self._loads.put(None)
-        self._thread.join(self._stall_s + 1)
+        """End the threads after the loads under way."""
+        for _ in self._threads:
+            self._loads.put(None)
+        for thread in self._threads:
+            thread.join(self._stall_s + 1)
 
     def _run(self) -> None:
         torch.set_num_threads(1)  # this thread's copies must not take the cores that compute

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cachetier.client import expected_socket
 from cachetier_connector.arena_cache import ArenaCache
 from cachetier_connector.copy_factory import make_copy_engine
 from cachetier_connector.facts import EngineFacts, layers_in_order, rank_of
@@ -45,7 +46,7 @@ class WorkerHalf:
         expected = facts.layout.object_bytes(shard, chunk_tokens=1)
         if self._engine.shard_bytes(chunk_tokens=1) != expected:
             raise ValueError(f"a token has {self._engine.shard_bytes(1)} bytes of KV on this rank, not {expected}")
-        self._socket_path = ""
+        self._socket_path = expected_socket(facts.config)
         name = f"worker {vllm_config.parallel_config.rank}"
         arenas = ArenaCache()
         self._storer = Storer(
@@ -66,7 +67,7 @@ class WorkerHalf:
 
     def before_forward(self, plan: StepPlan) -> None:
         """Gather from blocks that the coming forward pass may overwrite."""
-        self._socket_path = plan.socket_path
+        self._socket_path = plan.socket_path or self._socket_path
         self._gather(plan.stores_before)
 
     def start_loads(self, plan: StepPlan) -> None:
