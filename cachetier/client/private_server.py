@@ -77,9 +77,8 @@ def ensure_server(config: ConnectorConfig, timeout_s: float = START_TIMEOUT_S) -
         found = _find_server(data_dir)
         if found and child and found.pid == child.process.pid:
             return ServerHandle(found.socket_path, child.process)
-        if found:
-            if child:
-                child.process.wait(timeout_s)  # it lost the race for the lock and ends by itself
+        # While the child runs, server.json may still name a server that was killed and whose socket it has taken over.
+        if found and (child is None or child.process.poll() is not None):
             return ServerHandle(found.socket_path)
         if child is None or child.process.poll() == EXIT_IN_USE:
             child = _Child(config, data_dir)
