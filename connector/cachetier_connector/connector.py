@@ -127,6 +127,10 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._scheduling.reset()
         return True
 
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # a chunk that is not stored is a miss later, nothing else
+
     # Worker half.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
