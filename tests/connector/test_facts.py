@@ -129,6 +129,10 @@ def encoder_decoder(config):
     config.model_config.__dict__["is_encoder_decoder"] = True  # otherwise read from the architecture, and kept
 
 
+def diffusion(config):
+    config.model_config.__dict__["is_diffusion"] = True
+
+
 def running_scales(config):
     config.cache_config.calculate_kv_scales = True
 
@@ -139,6 +143,7 @@ def running_scales(config):
         (decode_context_parallel, "context parallelism"),
         (prefill_context_parallel, "context parallelism"),
         (encoder_decoder, "encoder-decoder"),
+        (diffusion, "not causal"),
         (running_scales, "scales are computed while it runs"),
     ],
 )

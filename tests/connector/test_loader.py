@@ -1,0 +1,174 @@
+"""The loader: stored bytes arrive whatever the layouts, and a frame that is bad in any way becomes failed blocks."""
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from cachetier.core.arena_format import STATE_BAD, STATE_FILLING, STATE_READY
+from cachetier.core.layout import PAGE_BYTES, Shard, digests_offset
+from cachetier_connector.loader import Loader
+from tests.connector.servers import BLOCK, CHUNK, HALVES, LAYOUT, WHOLE, Blocks, blocks_for, eventually, tokens_of
+
+STAGES = [Shard(0, 2, 0, 1), Shard(0, 2, 1, 2)]
+QUARTERS = [Shard(head, head + 1, layer, layer + 1) for layer in (0, 1) for head in (0, 1)]
+TILINGS = {"whole": WHOLE, "halves": HALVES, "stages": STAGES, "quarters": QUARTERS}
+OBJECT_BYTES = LAYOUT.object_bytes(LAYOUT.whole(), CHUNK)
+
+
+class Loading:
+    """A loader with its blocks, and what it reported."""
+
+    def __init__(self, tier, shard=WHOLE[0], stall_s=2.0) -> None:
+        self.blocks, self.corrupt = Blocks(shard, seed=99), []
+        self.before = Blocks(shard, seed=99)
+        self.loader = Loader(
+            self.blocks.engine, LAYOUT, shard, tier.arenas, stall_s=stall_s, report_corrupt=self.corrupt.append
+        )
+
+    def load(self, op) -> set[int]:
+        """Carry `op` out; return the bad blocks."""
+        self.loader.submit(op)
+        assert eventually(self.loader.take_finished) == {op.request_id}
+        return self.loader.take_bad_blocks()
+
+
+def arena_of(tier):
+    return tier.arenas.get(tier.link.server.arena_path, tier.link.server.instance)
+
+
+def set_state(tier, frame: int, state: int) -> None:
+    arena = arena_of(tier)
+    arena._memory[arena.geometry.state_offset + frame // PAGE_BYTES] = state
+
+
+@pytest.mark.parametrize("stored_as", TILINGS)
+@pytest.mark.parametrize("loaded_as", TILINGS)
+def test_every_layout_loads_what_any_layout_stored(tier, stored_as, loaded_as):
+    tokens, blocks = tokens_of(1, 5 * CHUNK), blocks_for(5 * CHUNK, seed=7)
+    stored = tier.store(tokens, TILINGS[stored_as], seed=7)
+    reply = tier.match(tokens)
+    assert reply.num_chunks == 5
+    for shard in TILINGS[loaded_as]:
+        loading = Loading(tier, shard)
+        assert loading.load(tier.load_op(reply, 0, 5 * CHUNK, blocks)) == set()
+        wanted = stored[shard.layer_start : shard.layer_end, shard.head_start : shard.head_end]
+        assert torch.equal(loading.blocks.rows(blocks, 0, 5 * CHUNK), wanted)
+        loading.loader.stop()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_only_the_wanted_tokens_are_written(tier, seed):
+    rng = random.Random(seed)
+    start = rng.randrange(0, 300)
+    end = rng.randrange(start + 1, 20 * CHUNK // 2)
+    tokens, blocks = tokens_of(100 + seed, 10 * CHUNK), blocks_for(10 * CHUNK, seed)
+    stored, reply = tier.store(tokens), tier.match(tokens)
+    loading = Loading(tier)
+    assert loading.load(tier.load_op(reply, start, end, blocks)) == set()
+    expected = loading.before.rows(blocks, 0, 10 * CHUNK).clone()
+    expected[:, :, start:end] = stored[:, :, start:end]
+    assert torch.equal(loading.blocks.rows(blocks, 0, 10 * CHUNK), expected)
+    loading.loader.stop()
+
+
+def spoil_payload(tier, frame):
+    arena_of(tier).frame(frame + 5000, 1)[0] ^= 1
+
+
+def spoil_digests(tier, frame):
+    arena_of(tier).frame(frame + digests_offset(OBJECT_BYTES) + 3, 1)[0] ^= 1
+
+
+def say_bad(tier, frame):
+    set_state(tier, frame, STATE_BAD)
+
+
+def say_filling(tier, frame):
+    set_state(tier, frame, STATE_FILLING)
+
+
+@pytest.mark.parametrize("fault", [spoil_payload, spoil_digests, say_bad, say_filling])
+@pytest.mark.parametrize("bad_chunk", [0, 3, 19])
+def test_a_bad_frame_fails_the_blocks_from_its_chunk_on_and_no_others(tier, fault, bad_chunk):
+    """Also beyond the first 16 chunks, which are verified and written before the others are read."""
+    num_tokens = 20 * CHUNK
+    tokens, table = tokens_of(2, num_tokens), blocks_for(num_tokens)
+    tier.store(tokens)
+    reply = tier.match(tokens)
+    fault(tier, reply.frames[bad_chunk])
+    loading = Loading(tier, stall_s=0.1)
+    bad = loading.load(tier.load_op(reply, 0, num_tokens - 1, table))
+    assert bad == set(table[bad_chunk * CHUNK // BLOCK :])
+    expected_reports = [reply.keys[bad_chunk * 16 : bad_chunk * 16 + 16]] if "spoil" in fault.__name__ else []
+    assert loading.corrupt == expected_reports
+    untouched = loading.before.rows(table, bad_chunk * CHUNK, num_tokens)
+    assert torch.equal(loading.blocks.rows(table, bad_chunk * CHUNK, num_tokens), untouched)
+    loading.loader.stop()
+
+
+def test_any_flipped_bit_that_a_rank_would_use_is_noticed_and_no_other_is_its_business(tier):
+    tokens, blocks, rng = tokens_of(3, CHUNK), blocks_for(CHUNK), random.Random(3)
+    stored, reply = tier.store(tokens), tier.match(tokens)
+    frame = arena_of(tier).frame(reply.frames[0], OBJECT_BYTES)
+    loading = Loading(tier, HALVES[1])
+    for offset in [0, OBJECT_BYTES // 2 - 1, OBJECT_BYTES // 2, OBJECT_BYTES - 1, *rng.sample(range(OBJECT_BYTES), 30)]:
+        frame[offset] ^= 1 << rng.randrange(8)
+        before = bytes(frame[offset : offset + 1])
+        bad = loading.load(tier.load_op(reply, 0, CHUNK, blocks))
+        assert bad == (set(blocks) if offset >= OBJECT_BYTES // 2 else set()), offset
+        frame[offset] = before[0]
+        frame[:] = original(stored)
+    loading.loader.stop()
+
+
+def original(stored: torch.Tensor) -> bytes:
+    """Return the canonical bytes of rows `[layers, heads, tokens, 2, head_size]`."""
+    return stored.transpose(0, 1).contiguous().numpy().tobytes()
+
+
+def test_a_frame_that_becomes_ready_in_time_is_waited_for(tier):
+    tokens, blocks = tokens_of(4, 2 * CHUNK), blocks_for(2 * CHUNK)
+    stored, reply = tier.store(tokens), tier.match(tokens)
+    set_state(tier, reply.frames[1], STATE_FILLING)
+    loading, since = Loading(tier), time.monotonic()
+    threading.Timer(0.2, set_state, (tier, reply.frames[1], STATE_READY)).start()
+    assert loading.load(tier.load_op(reply, 0, 2 * CHUNK, blocks)) == set()
+    assert time.monotonic() - since >= 0.2
+    assert torch.equal(loading.blocks.rows(blocks, 0, 2 * CHUNK), stored)
+    loading.loader.stop()
+
+
+def test_a_frame_that_never_becomes_ready_is_given_up_after_the_deadline(tier):
+    tokens, blocks = tokens_of(5, CHUNK), blocks_for(CHUNK)
+    tier.store(tokens)
+    reply = tier.match(tokens)
+    set_state(tier, reply.frames[0], STATE_FILLING)
+    loading, since = Loading(tier, stall_s=0.3), time.monotonic()
+    assert loading.load(tier.load_op(reply, 0, CHUNK, blocks)) == set(blocks)
+    assert 0.3 <= time.monotonic() - since < 1.5
+    loading.loader.stop()
+
+
+def test_an_arena_that_is_gone_fails_the_whole_load_and_not_the_next_one(tier):
+    tokens, blocks = tokens_of(6, CHUNK), blocks_for(CHUNK)
+    tier.store(tokens)
+    op = tier.load_op(tier.match(tokens), 0, CHUNK, blocks)
+    loading = Loading(tier)
+    assert loading.load(replace(op, arena_path="/nowhere/arena", instance="other")) == set(blocks)
+    assert loading.load(op) == set()
+    loading.loader.stop()
+
+
+def test_a_reply_that_makes_no_sense_fails_its_load_and_not_the_thread(tier):
+    tokens, blocks = tokens_of(7, CHUNK), blocks_for(CHUNK)
+    tier.store(tokens)
+    op = tier.load_op(tier.match(tokens), 0, CHUNK, blocks)
+    outside = replace(op.chunks, frames=[1 << 40])
+    loading = Loading(tier)
+    assert loading.load(replace(op, chunks=outside)) == set(blocks)
+    assert loading.load(op) == set()
+    loading.loader.stop()
