@@ -96,10 +96,10 @@ def is_addressable(request: "Request") -> bool:
     return request.prompt_token_ids is not None and getattr(request, "prompt_embeds", None) is None
 
 
-def adapter_of(request: "Request") -> tuple[str, str] | None:
-    """Return (name, path) of the request's LoRA adapter, or None."""
+def adapter_of(request: "Request") -> tuple[str, str, int] | None:
+    """Return (name, path, number) of the request's LoRA adapter, or None; loaded anew it has another number."""
     lora = request.lora_request
-    return (lora.lora_name, lora.lora_path) if lora else None
+    return (lora.lora_name, lora.lora_path, lora.lora_int_id) if lora else None
 
 
 def inputs_of(request: "Request") -> list[tuple[str, int, int]]:

@@ -48,7 +48,7 @@ class Matcher:
         self._jobs: queue.Queue[Callable[[], object]] = queue.Queue(MAX_JOBS)
         self._ticket_lock = threading.Lock()
         self._leased: dict[int, MatchTicket] = {}
-        self._adapters: dict[tuple[str, str], ModelIdentity | None] = {}
+        self._adapters: dict[tuple[str, str, int], ModelIdentity | None] = {}
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="cachetier-matcher", daemon=True)
         self._thread.start()
@@ -148,11 +148,11 @@ class Matcher:
             if ticket.is_abandoned:
                 self.release(ticket)
 
-    def _identity_for(self, adapter: tuple[str, str] | None) -> ModelIdentity | None:
+    def _identity_for(self, adapter: tuple[str, str, int] | None) -> ModelIdentity | None:
         if adapter is None:
             return self._identity
         if adapter not in self._adapters:
-            name, path = adapter
+            name, path, _ = adapter
             try:
                 text = f"{name}|{fingerprint_folder(Path(path))}"
                 self._adapters[adapter] = msgspec.structs.replace(self._identity, adapter=text)
