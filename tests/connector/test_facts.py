@@ -348,7 +348,7 @@ def test_adapters_and_inputs_are_read_from_vllms_own_types():
         data=None, modality="image", identifier="hash", mm_position=PlaceholderRange(offset=3, length=70)
     )
     request = FakeRequest("r", [1], lora_request=LoRARequest("a", 1, "/adapters/a"), mm_features=[feature])
-    assert adapter_of(request) == ("a", "/adapters/a")
+    assert adapter_of(request) == ("a", "/adapters/a", 1)
     assert inputs_of(request) == [("hash", 3, 70)]
     assert adapter_of(FakeRequest("r", [1])) is None
 

@@ -1,0 +1,202 @@
+"""The matcher: whatever becomes of a request or of the server, its lease is given back and nobody waits."""
+
+import os
+import signal
+import time
+
+import pytest
+from msgspec.structs import replace
+
+from cachetier_connector import link as link_module
+from cachetier_connector import matcher as matcher_module
+from cachetier_connector.matcher import Matcher
+from cachetier_connector.requests import TrackedRequest
+from tests.connector.engines import FakeRequest
+from tests.connector.servers import CHUNK, LAYOUT, connect, eventually, identity, stats_of, tokens_of
+from tests.service.running import RunningServer
+
+
+@pytest.fixture
+def matcher(tier, request):
+    matcher = Matcher(connect(tier.server), identity(request.node.name), LAYOUT, max_blocking_s=2.0)
+    yield matcher
+    matcher.stop()
+
+
+def tracked(tokens, *, may_load=True, **attributes):
+    return TrackedRequest(request=FakeRequest("r", tokens, **attributes), may_load=may_load, may_store=True)
+
+
+def done(ticket):
+    eventually(lambda: ticket.is_done)
+    return ticket
+
+
+def leases(server):
+    return stats_of(server)["leases"]
+
+
+def test_a_ticket_says_what_is_held_and_holds_a_lease_until_it_is_released(tier, matcher):
+    tokens = tokens_of(1, 3 * CHUNK + 5)
+    tier.store(tokens)
+    ticket = done(matcher.match(tracked(tokens)))
+    assert (ticket.reply.num_chunks, ticket.chunk_tokens, ticket.namespace) == (3, CHUNK, tier.namespace)
+    assert ticket.instance == tier.link.server.instance
+    assert leases(tier.server) == 1
+    before = stats_of(tier.server)["tokens"]["hit"]["host"]
+    for _ in range(2):
+        matcher.release(ticket, host_tokens=100)
+    assert eventually(lambda: leases(tier.server) == 0)
+    assert stats_of(tier.server)["tokens"]["hit"]["host"] == before + 100
+
+
+def test_decoded_tokens_are_matched_too(tier, matcher):
+    tokens = tokens_of(2, 2 * CHUNK)
+    tier.store(tokens)
+    asking = tracked(tokens[:100])
+    for token in tokens[100:]:
+        asking.request.decode(token)
+    ticket = done(matcher.match(asking))
+    assert ticket.reply.num_chunks == 2
+    matcher.release(ticket)
+
+
+def test_a_request_that_only_stores_takes_no_lease(tier, matcher):
+    tokens = tokens_of(3, CHUNK)
+    tier.store(tokens)
+    ticket = done(matcher.match(tracked(tokens, may_load=False)))
+    assert (ticket.reply.num_chunks, ticket.reply.lease) == (1, 0)
+
+
+def test_a_ticket_abandoned_before_its_answer_gives_its_lease_back(tier, matcher, monkeypatch):
+    tokens = tokens_of(4, CHUNK)
+    tier.store(tokens)
+    call = matcher._link.call
+    monkeypatch.setattr(matcher._link, "call", lambda *arguments: time.sleep(0.1) or call(*arguments))
+    ticket = matcher.match(tracked(tokens))
+    time.sleep(0.02)
+    assert not ticket.is_done
+    matcher.release(ticket)
+    done(ticket)
+    assert eventually(lambda: leases(tier.server) == 0)
+    assert ticket.is_released or not ticket.reply.lease
+
+
+def test_salts_inputs_and_adapters_separate(tier, matcher, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    tokens = tokens_of(5, CHUNK)
+    tier.store(tokens)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    one = LoRARequest("one", 1, str(tmp_path))
+    other = LoRARequest("other", 2, str(tmp_path))
+    assert done(matcher.match(tracked(tokens, may_load=False))).reply.num_chunks == 1
+    tickets = [
+        done(matcher.match(tracked(tokens, may_load=False, **attributes)))
+        for attributes in ({"cache_salt": "salt"}, {"lora_request": one}, {"lora_request": other})
+    ]
+    assert [ticket.reply.num_chunks for ticket in tickets] == [0, 0, 0]
+    assert len({tier.namespace, *(ticket.namespace for ticket in tickets[1:])}) == 3
+
+
+def test_an_adapter_that_was_loaded_anew_with_other_weights_is_another_one(tier, matcher, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    tokens, spaces = tokens_of(6, CHUNK), set()
+    for number in (1, 2):
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"weights %d" % number)
+        request = tracked(tokens, may_load=False, lora_request=LoRARequest("one", number, str(tmp_path)))
+        spaces.add(done(matcher.match(request)).namespace)
+    assert len(spaces) == 2
+
+
+def test_an_adapter_that_cannot_be_read_is_not_cached(tier, matcher):
+    from vllm.lora.request import LoRARequest
+
+    ticket = done(matcher.match(tracked(tokens_of(7, CHUNK), lora_request=LoRARequest("gone", 1, "/nowhere"))))
+    assert ticket.reply is None
+
+
+def test_a_new_generation_finds_nothing_of_the_one_before(tier, matcher):
+    tokens = tokens_of(8, CHUNK)
+    tier.store(tokens)
+    matcher.start_generation(12345)
+    ticket = done(matcher.match(tracked(tokens, may_load=False)))
+    assert ticket.reply.num_chunks == 0
+    assert ticket.namespace != tier.namespace
+
+
+def test_a_dead_server_answers_at_once(tmp_path):
+    with RunningServer(tmp_path / "data") as server:
+        matcher = Matcher(connect(server), identity(), LAYOUT, max_blocking_s=0.2)
+        server.kill()
+        eventually(lambda: not matcher.is_up)
+        ticket = matcher.match(tracked(tokens_of(9, CHUNK)))
+        assert ticket.is_done
+        assert ticket.reply is None
+        matcher.release(ticket)
+        matcher.stop()
+
+
+def test_a_stopped_server_holds_a_ticket_up_for_no_longer_than_the_deadline(tier, monkeypatch):
+    monkeypatch.setattr(link_module, "PROBE_INTERVAL_S", 0.1)
+    matcher = Matcher(connect(tier.server), identity(), LAYOUT, max_blocking_s=0.2)
+    os.kill(tier.server.process.pid, signal.SIGSTOP)
+    try:
+        since = time.monotonic()
+        ticket = matcher.match(tracked(tokens_of(10, CHUNK)))
+        assert time.monotonic() - since < 0.05
+        assert done(ticket).reply is None
+        assert time.monotonic() - since < 1
+    finally:
+        os.kill(tier.server.process.pid, signal.SIGCONT)
+    eventually(lambda: matcher.is_up)
+    assert done(matcher.match(tracked(tokens_of(10, CHUNK)))).reply is not None
+    matcher.stop()
+
+
+def test_a_lease_of_a_server_that_is_gone_is_not_given_back_to_the_next(tier, matcher):
+    tokens = tokens_of(11, CHUNK)
+    tier.store(tokens)
+    ticket = done(matcher.match(tracked(tokens)))
+    ticket.instance = "another server"
+    before = stats_of(tier.server)["tokens"]["hit"]["host"]
+    matcher.release(ticket, host_tokens=50)
+    done(matcher.match(tracked(tokens, may_load=False)))
+    assert stats_of(tier.server)["tokens"]["hit"]["host"] == before
+
+
+def test_leases_are_renewed_and_one_that_expired_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(matcher_module, "IDLE_S", 0.02)
+    from tests.connector.servers import Tier
+
+    options = ("--host-bytes", "16MiB", "--disk-bytes", "64MiB", "--lease-ttl-s", "1")
+    with RunningServer(tmp_path / "data", *options) as server:
+        tier = Tier(server)
+        tokens = tokens_of(12, CHUNK)
+        tier.store(tokens)
+        matcher = Matcher(connect(server), identity(), LAYOUT, max_blocking_s=2.0)
+        ticket = done(matcher.match(tracked(tokens)))
+        time.sleep(2.5)
+        assert leases(server) == 1
+        assert not ticket.is_released
+        forgotten = replace(ticket.reply, lease=ticket.reply.lease + 1)
+        other = done(matcher.match(tracked(tokens, may_load=False)))
+        other.reply = forgotten
+        matcher._leased[forgotten.lease] = other  # as after a pause longer than the lease
+        assert eventually(lambda: other.is_released)
+        matcher.stop()
+        assert eventually(lambda: leases(server) == 0)
+
+
+def test_the_queue_is_bounded_and_a_full_one_makes_a_miss(tier, monkeypatch):
+    monkeypatch.setattr(matcher_module, "MAX_JOBS", 2)
+    matcher = Matcher(connect(tier.server), identity(), LAYOUT, max_blocking_s=2.0)
+    call = matcher._link.call
+    monkeypatch.setattr(matcher._link, "call", lambda *arguments: time.sleep(0.2) or call(*arguments))
+    tickets = [matcher.match(tracked(tokens_of(20 + number, CHUNK), may_load=False)) for number in range(6)]
+    assert any(ticket.is_done and ticket.reply is None for ticket in tickets)
+    for ticket in tickets:
+        done(ticket)
+    assert any(ticket.reply is not None for ticket in tickets)
+    matcher.stop()
