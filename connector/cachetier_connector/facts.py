@@ -92,8 +92,12 @@ def read_identity(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", f
 
 
 def is_addressable(request: "Request") -> bool:
-    """Tell whether token ids say what the request's prompt is: not where embeddings stand in for tokens."""
-    return request.prompt_token_ids is not None and getattr(request, "prompt_embeds", None) is None
+    """Tell whether the token ids and inputs that the request has now say what its prompt is.
+
+    Not where embeddings stand in for tokens, and not in a session whose prompt and inputs are still to come.
+    """
+    has_embeddings = request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None
+    return not has_embeddings and not getattr(request, "resumable", False)
 
 
 def adapter_of(request: "Request") -> tuple[str, str, int] | None:
