@@ -331,6 +331,11 @@ def test_embeddings_in_place_of_tokens_cannot_be_addressed():
     assert not is_addressable(embeddings_alone)
 
 
+def test_a_session_whose_prompt_is_still_to_come_cannot_be_addressed():
+    assert is_addressable(FakeRequest("r", [1, 2], resumable=False))
+    assert not is_addressable(FakeRequest("r", [1, 2], resumable=True))
+
+
 def test_a_request_for_log_probabilities_of_its_prompt_does_not_load():
     from vllm import SamplingParams
 

@@ -1,0 +1,268 @@
+"""The scheduler half: which chunks are handed over when, against a real server and step by step."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cachetier.core.config import ConnectorConfig
+from cachetier.core.layout import Shard
+from cachetier_connector.facts import EngineFacts
+from cachetier_connector.plan import StepPlan, tokens_to_bytes
+from cachetier_connector.scheduler_half import SchedulerHalf
+from tests.connector.engines import FakeRequest, step_of
+from tests.connector.servers import BLOCK, CHUNK, LAYOUT, Tier, eventually, identity, stats_of, tokens_of
+
+
+class Scheduling:
+    """A scheduler half, and vLLM's part of the conversation with it."""
+
+    def __init__(self, tier: Tier, name: str, *, loads: bool = True, stores: bool = True) -> None:
+        facts = EngineFacts(
+            engine="e",
+            config=ConnectorConfig(server=f"unix:{tier.server.socket_path}", match_deadline_ms=5000),
+            loads=loads,
+            stores=stores,
+            block_tokens=BLOCK,
+            layout=LAYOUT,
+            tiling=[Shard(0, 2, 0, 2)],
+        )
+        self.half = SchedulerHalf(facts, identity(name), lambda: tier.server.socket_path)
+        self.server = tier.server
+
+    def arrive(self, request: FakeRequest) -> int:
+        """Let `request` arrive; return how many tokens are found for it."""
+        self.half.on_new_request(request)
+        return self.ask(request)
+
+    def ask(self, request: FakeRequest, num_computed: int = 0) -> int:
+        tracked = self.half._requests.get(request.request_id)
+        if tracked is not None and tracked.ticket is not None:
+            eventually(lambda: self.half.get_num_new_matched_tokens(request, num_computed)[0] is not None)
+            eventually(lambda: tracked.ticket.is_done)
+        count, _ = self.half.get_num_new_matched_tokens(request, num_computed)
+        assert count is not None
+        return count
+
+    def leases(self) -> int:
+        return stats_of(self.server)["leases"]
+
+
+@pytest.fixture
+def scheduling(tier, request) -> Iterator[Scheduling]:
+    scheduling = Scheduling(tier, request.node.name)
+    yield scheduling
+    scheduling.half.stop()
+
+
+def stored(plan: StepPlan, *, before: bool = False) -> list[tuple[int, int, list[int]]]:
+    """Return (first chunk, number of chunks, blocks) of every store in `plan`."""
+    return [
+        (op.position, len(op.tokens) // (4 * CHUNK), op.block_ids)
+        for op in (plan.stores_before if before else plan.stores_after)
+    ]
+
+
+def test_chunks_are_handed_over_in_the_step_that_completes_them(scheduling):
+    request = FakeRequest("r", tokens_of(1, 200))
+    assert scheduling.arrive(request) == 0
+    half = scheduling.half
+    assert stored(half.build_plan(step_of({"r": ([5, 6, 7, 8], 0, 100)}))) == [(0, 1, [5, 6])]
+    assert stored(half.build_plan(step_of(running={"r": ([9, 10, 11], 100, 100)}))) == [(1, 2, [7, 8, 9, 10])]
+    for number in range(200, 257):
+        request.decode(number)
+        plan = half.build_plan(step_of(running={"r": ([12] if number == 224 else [], number, 1)}))
+        assert stored(plan) == ([(3, 1, [11, 12])] if number == 255 else [])
+    half.request_finished(request)
+    plan = half.build_plan(step_of())
+    assert (plan.stores_before, plan.finished) == ([], ["r"])
+    assert half._requests == {}
+
+
+def test_the_first_op_starts_the_chain_and_the_tokens_are_those_of_its_chunks(scheduling):
+    tokens = tokens_of(2, 200)
+    request = FakeRequest("r", tokens, cache_salt="salt")
+    scheduling.arrive(request)
+    first = scheduling.half.build_plan(step_of({"r": ([5, 6, 7, 8], 0, 100)})).stores_after[0]
+    second = scheduling.half.build_plan(step_of(running={"r": ([9, 10, 11], 100, 100)})).stores_after[0]
+    assert (first.parent, first.salt) == (b"", "salt")
+    assert first.tokens == tokens_to_bytes(tokens[:CHUNK])
+    assert second.tokens == tokens_to_bytes(tokens[CHUNK : 3 * CHUNK])
+    keys = scheduling.half._requests["r"].ticket.reply.keys
+    assert second.parent == keys[:16]
+
+
+def test_what_is_held_is_loaded_up_to_the_last_token_and_only_the_rest_is_stored(tier, scheduling):
+    tokens = tokens_of(3, 200)
+    tier.store(tokens[: 2 * CHUNK])
+    half, request = scheduling.half, FakeRequest("r", tokens)
+    assert scheduling.arrive(request) == 2 * CHUNK
+    half.update_state_after_alloc(request, [5, 6, 7, 8], 2 * CHUNK)
+    plan = half.build_plan(step_of())
+    assert [(op.start, op.end, op.block_ids) for op in plan.loads] == [(0, 2 * CHUNK, [5, 6, 7, 8])]
+    half.update_from_workers(["r"], set())
+    plan = half.build_plan(step_of({"r": ([5, 6, 7, 8, 9, 10, 11], 128, 72)}))
+    assert stored(plan) == [(2, 1, [9, 10])]
+    assert eventually(lambda: scheduling.leases() == 0)
+    exact = FakeRequest("exact", tokens[: 2 * CHUNK])
+    assert scheduling.arrive(exact) == 2 * CHUNK - 1
+    half.request_finished(exact)
+
+
+def test_a_preempted_request_that_ends_has_no_blocks_to_store_from(scheduling):
+    """With asynchronous scheduling the last token of a step may arrive after the request lost its blocks."""
+    request = FakeRequest("r", tokens_of(4, 63))
+    scheduling.arrive(request)
+    half = scheduling.half
+    half.build_plan(step_of({"r": ([5, 6], 0, 63)}))
+    half.build_plan(step_of(running={"r": ([], 63, 1)}))  # computes the token that is still being sampled
+    request.decode(1)
+    half.build_plan(step_of({"other": ([5, 6], 0, 64)}, preempted={"r"}))
+    request.decode(2)
+    half.request_finished(request)
+    assert half.build_plan(step_of()).stores_before == []
+
+
+def test_a_resumed_request_stores_from_its_new_blocks_what_was_not_handed_over(scheduling):
+    request = FakeRequest("r", tokens_of(5, 150))
+    scheduling.arrive(request)
+    half = scheduling.half
+    assert stored(half.build_plan(step_of({"r": ([1, 2], 0, 64)}))) == [(0, 1, [1, 2])]
+    half.build_plan(step_of(preempted={"r"}))
+    assert scheduling.ask(request) == 0
+    resumed = step_of(running={"r": ([20, 21, 22, 23, 24], 0, 150)}, resumed={"r"})
+    assert stored(half.build_plan(resumed)) == [(1, 1, [22, 23])]
+
+
+def test_a_chunk_that_is_complete_when_its_request_ends_is_stored_before_the_next_forward_pass(scheduling):
+    """Its last token was not known when the step that computes it was planned."""
+    request = FakeRequest("r", tokens_of(6, 63))
+    scheduling.arrive(request)
+    half = scheduling.half
+    half.build_plan(step_of({"r": ([5, 6], 0, 63)}))
+    assert half.build_plan(step_of(running={"r": ([], 63, 1)})).stores_after == []
+    request.decode(1)
+    request.decode(2)
+    half.request_finished(request)
+    assert stored(half.build_plan(step_of()), before=True) == [(0, 1, [5, 6])]
+
+
+def test_the_last_sampled_token_is_not_taken_for_computed(scheduling):
+    request = FakeRequest("r", tokens_of(7, 63))
+    scheduling.arrive(request)
+    half = scheduling.half
+    half.build_plan(step_of({"r": ([5, 6], 0, 63)}))
+    half.build_plan(step_of(running={"r": ([], 63, 1)}))  # scheduled, but the request has ended by then
+    request.decode(1)
+    half.request_finished(request)
+    assert half.build_plan(step_of()).stores_before == []
+
+
+def test_a_load_that_failed_is_stored_again_from_where_it_failed_and_not_tried_again(tier, scheduling):
+    tokens = tokens_of(8, 300)
+    tier.store(tokens[: 4 * CHUNK])
+    half, request = scheduling.half, FakeRequest("r", tokens)
+    assert scheduling.arrive(request) == 256
+    half.update_state_after_alloc(request, list(range(8)), 256)
+    half.build_plan(step_of())
+    before = stats_of(tier.server)
+    half.update_from_workers(["r"], {4, 5, 6, 7})
+    assert scheduling.ask(request) == 0
+    assert stored(half.build_plan(step_of({"r": (list(range(10)), 128, 172)}))) == [(2, 2, [4, 5, 6, 7])]
+    after = eventually(lambda: (stats := stats_of(tier.server))["loads_failed"] > before["loads_failed"] and stats)
+    assert after["tokens"]["hit"]["host"] - before["tokens"]["hit"]["host"] == 128
+    assert eventually(lambda: scheduling.leases() == 0)
+
+
+def test_bad_blocks_are_remembered_until_the_load_ends(tier, scheduling):
+    tokens = tokens_of(9, 200)
+    tier.store(tokens[: 2 * CHUNK])
+    half, request = scheduling.half, FakeRequest("r", tokens)
+    scheduling.arrive(request)
+    half.update_state_after_alloc(request, [5, 6, 7, 8], 128)
+    half.update_from_workers([], {7, 8})
+    half.update_from_workers(["r"], set())
+    assert stored(half.build_plan(step_of({"r": ([5, 6, 7, 8, 9, 10, 11], 64, 136)})))[0][0] == 1
+
+
+def test_a_request_that_ends_while_it_loads_gives_its_lease_back_when_the_load_ends(tier, scheduling):
+    tokens = tokens_of(10, 200)
+    tier.store(tokens[: 2 * CHUNK])
+    half, request = scheduling.half, FakeRequest("r", tokens)
+    scheduling.arrive(request)
+    half.update_state_after_alloc(request, [5, 6, 7, 8], 128)
+    half.request_finished(request)
+    assert half.build_plan(step_of()).stores_before == []
+    assert scheduling.leases() == 1
+    half.update_from_workers(["r"], set())
+    assert eventually(lambda: scheduling.leases() == 0)
+    assert half._requests == {}
+
+
+def test_a_request_that_ends_before_it_was_scheduled_leaves_nothing_behind(tier, scheduling):
+    tokens = tokens_of(11, 200)
+    tier.store(tokens[: 2 * CHUNK])
+    request = FakeRequest("r", tokens)
+    scheduling.half.on_new_request(request)
+    scheduling.half.request_finished(request)
+    assert scheduling.half._requests == {}
+    assert eventually(lambda: scheduling.leases() == 0)
+
+
+def test_after_a_reset_nothing_of_before_is_stored_or_found(tier, scheduling):
+    tokens = tokens_of(12, 200)
+    tier.store(tokens[: 2 * CHUNK])
+    half, running = scheduling.half, FakeRequest("running", tokens_of(13, 200))
+    scheduling.arrive(running)
+    half.build_plan(step_of({"running": ([1, 2, 3], 0, 60)}))
+    half.reset()
+    assert half.build_plan(step_of(running={"running": ([4], 60, 68)})).stores_after == []
+    half.request_finished(running)
+    assert half.build_plan(step_of()).stores_before == []
+    assert scheduling.arrive(FakeRequest("new", tokens)) == 0
+    assert scheduling.half._requests["new"].ticket.namespace != tier.namespace
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"prompt_embeds": torch.zeros(200, 4)},
+        {"resumable": True},
+        {"kv_transfer_params": {"cachetier": {"load": False, "store": False}}},
+    ],
+)
+def test_a_request_that_is_none_of_our_business_is_left_alone(tier, scheduling, attributes):
+    tokens = tokens_of(14, 200)
+    tier.store(tokens[: 2 * CHUNK])
+    request = FakeRequest("r", tokens, **attributes)
+    assert scheduling.arrive(request) == 0
+    scheduling.half.update_state_after_alloc(request, [1, 2], 0)
+    plan = scheduling.half.build_plan(step_of({"r": (list(range(7)), 0, 200)}))
+    assert (plan.loads, plan.stores_after) == ([], [])
+    scheduling.half.request_finished(request)
+    assert scheduling.half.build_plan(step_of()).finished == []
+
+
+@pytest.mark.parametrize(("loads", "stores"), [(True, False), (False, True)])
+def test_the_role_bounds_what_requests_do(tier, request, loads, stores):
+    tokens = tokens_of(15, 200)
+    tier.store(tokens[: 2 * CHUNK])
+    scheduling = Scheduling(tier, request.node.name, loads=loads, stores=stores)
+    asking = FakeRequest("r", tokens)
+    assert scheduling.arrive(asking) == (2 * CHUNK if loads else 0)
+    eventually(lambda: scheduling.half._requests["r"].ticket.is_done)
+    plan = scheduling.half.build_plan(step_of({"r": (list(range(7)), 0, 200)}))
+    assert len(plan.stores_after) == stores
+    scheduling.half.stop()
+
+
+def test_inputs_count_from_the_first_chunk_of_an_op(scheduling):
+    from types import SimpleNamespace
+
+    image = SimpleNamespace(identifier="image", mm_position=SimpleNamespace(offset=70, length=10))
+    request = FakeRequest("r", tokens_of(16, 200), mm_features=[image])
+    scheduling.arrive(request)
+    half = scheduling.half
+    half.build_plan(step_of({"r": ([1, 2], 0, 64)}))
+    op = half.build_plan(step_of(running={"r": ([3, 4, 5, 6, 7], 64, 136)})).stores_after[0]
+    assert (op.position, [number for number, _ in op.extras]) == (1, [0])
