@@ -125,14 +125,16 @@ class Storer:
 
     def _store_now(self, store: StoreOp, shards: torch.Tensor) -> bool:
         """Reserve, fill and commit; False: the chunks are dropped."""
+        server = self._link.server
+        if server is None or server.chunk_tokens != store.chunk_tokens:
+            return False  # cut for a server that this one has replaced
         position, parent = self._chains.get(store.request_id, (-1, b""))
         if store.parent is not None:
             parent = store.parent
         elif position != store.position:
             return False  # an earlier part of the chain was dropped
         reply = self._link.call(lambda session: self._reserve(session, store, parent), CALL_TIMEOUT_S)
-        server = self._link.server
-        if reply is None or server is None:
+        if reply is None:
             return False
         self._chains[store.request_id] = (store.position + len(shards), reply.keys[-KEY_BYTES:])
         if not reply.lease:

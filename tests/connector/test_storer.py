@@ -97,6 +97,19 @@ def test_a_finished_request_has_no_chain_to_continue(tier):
     storer.stop()
 
 
+@pytest.mark.parametrize("chunk_tokens", [CHUNK // 2, 2 * CHUNK])
+def test_chunks_that_were_cut_for_another_server_are_dropped_and_counted(tier, chunk_tokens):
+    tokens, before = tokens_of(5, 2 * CHUNK), dropped(tier.server)
+    num_chunks = len(tokens) // chunk_tokens
+    shards = Blocks().engine.gather(blocks_for(len(tokens)), 0, num_chunks, chunk_tokens)
+    storer = tier.storer()
+    storer.submit(store_op(tier.namespace, tokens, [], chunk_tokens=chunk_tokens), shards)
+    assert eventually(lambda: dropped(tier.server) - before) == num_chunks
+    assert stats_of(tier.server)["chunks_pending"] == 0
+    assert tier.match(tokens, lease=False).num_chunks == 0
+    storer.stop()
+
+
 def test_what_is_held_is_not_written_again(tier):
     tokens = tokens_of(6, CHUNK)
     for _ in range(2):
