@@ -1,7 +1,7 @@
 """A vLLM engine in a process of its own, driven by lines of JSON: so that a test can kill it.
 
-Run as `python -m tests.e2e.engine_process '{"model": ..., ...}'` with vLLM's engine arguments. Each line of standard input
-is `{"call": NAME, ...}`; each reply is one line on the file descriptor named in the environment.
+Run as `python -m tests.e2e.engine_process '{"model": ..., ...}'` with vLLM's engine arguments. Each line of standard
+input is `{"call": NAME, ...}`; each reply is one line on the file descriptor named in the environment.
 """
 
 import json

@@ -255,11 +255,16 @@ def logprob_distance(some: list[dict], others: list[dict]) -> float:
     return worst
 
 
-def dumped_kv(folder: Path, name: str, num_heads: int = 4, num_layers: int = 4, row: int = 128) -> np.ndarray:
-    """Return the KV that a request's blocks held: uint16 `[tokens, heads, layers, row elements]`, all ranks together."""
+def dumped_kv(
+    folder: Path, name: str, num_heads: int = 4, num_layers: int = 4, row: int = 128, num_ranks: int = 1
+) -> np.ndarray:
+    """Return the KV that a request's blocks held, all ranks together: uint16 `[tokens, heads, layers, row elements]`.
+
+    It is written by the step after the request's last one.
+    """
     ranks = []
     deadline = time.monotonic() + 10
-    while not (paths := sorted(folder.glob(f"{name}.?.npy"))):  # written by the step after the request's last one
+    while len(paths := sorted(folder.glob(f"{name}.?.npy"))) < num_ranks:
         assert time.monotonic() < deadline, f"nothing was dumped for {name}"
         time.sleep(0.05)
     for path in paths:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+
 from cachetier_connector.connector import CachetierConnector, StepMetadata
 
 DUMP_DIR = "CACHETIER_TEST_DUMP_DIR"
