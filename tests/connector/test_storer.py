@@ -8,6 +8,7 @@ import torch
 from cachetier.core.checksum import object_checksum
 from cachetier.core.layout import frame_bytes
 from cachetier_connector import storer as storer_module
+from cachetier_connector.plan import extras_of
 from tests.connector.servers import (
     CHUNK,
     HALVES,
@@ -121,16 +122,24 @@ def test_what_is_held_is_not_written_again(tier):
     assert stats_of(tier.server)["tokens"]["stored"] == before + CHUNK
 
 
-def test_salts_and_inputs_separate(tier):
-    tokens, extra = tokens_of(8, CHUNK), [(0, b"image")]
+def test_salts_and_multimodal_inputs_separate(tier):
+    """The placeholders' tokens are the same, what stands for them is not."""
+    tokens, image = tokens_of(8, 2 * CHUNK), extras_of([("image", 70, 10)], CHUNK)
     storer = tier.storer()
-    storer.submit(store_op(tier.namespace, tokens, [], salt="one", extras=extra), shards_of(1))
+    storer.submit(store_op(tier.namespace, tokens, [], salt="one", extras=image), shards_of(2))
     storer.stop()
-    assert tier.match(tokens, lease=False, salt="one", extras=extra).num_chunks == 1
-    assert tier.match(tokens, lease=False, salt="other", extras=extra).num_chunks == 0
-    assert tier.match(tokens, lease=False, extras=extra).num_chunks == 0
-    assert tier.match(tokens, lease=False, salt="one", extras=[(0, b"other image")]).num_chunks == 0
-    assert tier.match(tokens, lease=False, salt="one").num_chunks == 0
+
+    def held(salt, inputs):
+        return tier.match(tokens, lease=False, salt=salt, extras=extras_of(inputs, CHUNK)).num_chunks
+
+    assert held("one", [("image", 70, 10)]) == 2
+    assert held("one", [("other image", 70, 10)]) == 1
+    assert held("one", [("image", 71, 10)]) == 1
+    assert held("one", [("image", 70, 10), ("image", 90, 10)]) == 1
+    assert held("one", [("image", 20, 10)]) == 0
+    assert held("one", []) == 1
+    assert held("other", [("image", 70, 10)]) == 0
+    assert held("", [("image", 70, 10)]) == 0
 
 
 def test_what_does_not_fit_into_staging_memory_is_dropped_and_counted(tier, monkeypatch):
