@@ -1,4 +1,4 @@
-"""A hit gives the plain engine's answer and the stored KV, from memory and from disk, after restarts and after kills."""
+"""A hit gives the plain engine's answer and the stored KV: from memory, from disk, after restarts and kills."""
 
 import os
 from pathlib import Path
