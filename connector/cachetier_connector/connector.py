@@ -60,8 +60,11 @@ class PrivateServer:
         Raises:
             UnavailableError: it does not start; the text says why.
         """
-        self._handle = ensure_server(self._config)
-        return self._handle.socket_path
+        found = ensure_server(self._config)
+        is_own = self._handle is not None and self._handle.process is not None and self._handle.process.poll() is None
+        if not is_own:  # the own child, found again after it did not answer for a while, comes without its process
+            self._handle = found
+        return found.socket_path
 
     def stop(self) -> None:
         """Stop it if it is this engine's child."""
