@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import xxhash
 
-from cachetier.core.config import MIB, ServerConfig
+from cachetier.core.config import GIB, MIB, ServerConfig
 from cachetier.core.errors import ConfigError, FormatError, InUseError, StorageError
 from cachetier.core.keys import FORMAT_VERSION, SECRET_BYTES
 from cachetier.core.layout import PAGE_BYTES
@@ -27,6 +27,9 @@ from cachetier.storage.index import IndexSettings
 
 _INDEX_BYTES_MIN = 4 * MIB
 _INDEX_SHARE = 32
+# About four million chunks: 1 TiB of 256 KiB each. A new index is filled with zeros at the first start, and a private
+# server has to answer within twenty seconds: 4 GiB take a few of them, 32 GiB (the share of 1 TiB) half a minute.
+_INDEX_BYTES_MAX = 4 * GIB
 _REST_BYTES = MIB  # lock, meta.json, secret, namespaces.txt, server.json
 _log = logging.getLogger(__name__)
 
@@ -117,7 +120,8 @@ def disk_shape(config: ServerConfig) -> IndexSettings:
     """
     meta = _read_meta(config.data_dir)
     segment_bytes = (meta and meta["segment_bytes"]) or config.segment_bytes
-    index_bytes = max(_INDEX_BYTES_MIN, config.disk_bytes // _INDEX_SHARE // PAGE_BYTES * PAGE_BYTES)
+    share_bytes = config.disk_bytes // _INDEX_SHARE // PAGE_BYTES * PAGE_BYTES
+    index_bytes = min(max(_INDEX_BYTES_MIN, share_bytes), _INDEX_BYTES_MAX)
     num_segments = (config.disk_bytes - index_bytes - _REST_BYTES) // segment_bytes
     if num_segments < 2:
         least = index_bytes + _REST_BYTES + 2 * segment_bytes

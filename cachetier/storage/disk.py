@@ -147,6 +147,8 @@ class DiskTier:
     def _remove_condemned(self) -> None:
         """Remove the rows of condemned chunks; the caller holds the write lock."""
         condemned = list(self._condemned)
+        if not condemned and self._segment_log.is_settled:
+            return
         try:
             self._segment_log.remove(condemned)
         except OSError as error:

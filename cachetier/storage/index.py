@@ -36,6 +36,7 @@ _SETTINGS = struct.Struct("<IQQII")
 _ENTRY = struct.Struct("<QQQ")
 _ROW = struct.Struct("<QQ")
 _COUNT = struct.Struct("<I")
+_TWO_ENDS = struct.Struct("<II")
 _FULL = 0.7  # share of a page from which on its rows' other pages are tried
 _KEYS_AT = PAYLOAD_OFFSET + _COUNT.size
 
@@ -84,11 +85,16 @@ class SegmentEntry(msgspec.Struct):
 
 
 class Location(msgspec.Struct, frozen=True):
-    """A row: where a chunk's record lies, and the chunk."""
+    """A row: where a chunk's record lies, and the body that describes the chunk."""
 
     sequence: int
     offset: int
-    chunk: DiskChunk
+    body: bytes
+
+    @property
+    def chunk(self) -> DiskChunk:
+        """The chunk, decoded anew."""
+        return unpack_body(self.body, 0)
 
 
 class Index:
@@ -116,6 +122,11 @@ class Index:
         return self._pages.num_bad
 
     @property
+    def is_settled(self) -> bool:
+        """Whether nothing is staged."""
+        return self._pages.num_staged == 0
+
+    @property
     def file_bytes(self) -> int:
         """Size of the file."""
         return self.settings.num_pages * 2 * self.settings.page_bytes
@@ -128,14 +139,14 @@ class Index:
         """
         first = self._first_page(key)
         image = self._pages.read(first)
-        start = _find_row(image, key)
+        start, end = _find_row(image, key)
         if not start:
             image = self._pages.read(self._second_page(key, first))
-            start = _find_row(image, key)
+            start, end = _find_row(image, key)
             if not start:
                 return None
         sequence, offset = _ROW.unpack_from(image, start)
-        return Location(sequence, offset, unpack_body(image, start + _ROW.size))
+        return Location(sequence, offset, image[start + _ROW.size : end])
 
     def place(self, key: bytes) -> int | None:
         """Return the sequence number in the row of `key`, staged or not; pages are kept for the `put` that follows.
@@ -145,7 +156,7 @@ class Index:
         """
         for page in self._pages_of(key):
             image = self._pages.staged(page)
-            start = _find_row(image, key)
+            start, _ = _find_row(image, key)
             if start:
                 return int(_ROW.unpack_from(image, start)[0])
         return None
@@ -159,6 +170,12 @@ class Index:
         if KEY_BYTES + 4 + len(row) > self._capacity:
             return None
         pages = self._pages_of(key)
+        image = self._pages.staged(pages[0])
+        if not any(_find_row(self._pages.staged(page), key)[0] for page in pages):
+            payload = _with_row(image, key, row)
+            if len(payload) - _COUNT.size <= self._capacity * _FULL:  # nothing has to make room
+                self._pages.stage(pages[0], payload)
+                return []
         held = [_rows(self._pages.staged(page)) for page in pages]
         alive_rows = [{k: r for k, r in rows.items() if k != key and _sequence(r) in alive} for rows in held]
         replaced = [_sequence(rows[key]) for rows in held if key in rows]
@@ -175,7 +192,7 @@ class Index:
         """Stage the removal of `key`; return the sequence number its row had, if there was one."""
         for page in self._pages_of(key):
             image = self._pages.staged(page)
-            if _find_row(image, key):
+            if _find_row(image, key)[0]:
                 rows = _rows(image)
                 row = rows.pop(key)
                 self._stage(page, rows)
@@ -212,7 +229,7 @@ class Index:
             image = self._pages.read(page)
             for row in _rows(image).values():
                 sequence, offset = _ROW.unpack_from(row)
-                yield Location(sequence, offset, unpack_body(row, _ROW.size))
+                yield Location(sequence, offset, row[_ROW.size :])
 
     def damaged_pages(self) -> list[int]:
         """Read both slots of every page; return the pages of which one is neither intact nor blank."""
@@ -283,18 +300,31 @@ def read_settings(path: str, chunk_tokens: int, files: FileLayer) -> IndexSettin
     return IndexSettings(**dict(zip(IndexSettings.__struct_fields__, found, strict=True))) if version else None
 
 
-def _find_row(image: bytes, key: bytes) -> int:
-    """Return where in the bucket `image` the row of `key` starts, or 0."""
+def _find_row(image: bytes, key: bytes) -> tuple[int, int]:
+    """Return where in the bucket `image` the row of `key` starts and ends; (0, 0): it is not there."""
     (count,) = _COUNT.unpack_from(image, PAYLOAD_OFFSET)
     ends_at = _KEYS_AT + KEY_BYTES * count
     found = image.find(key, _KEYS_AT, ends_at)
     while found >= 0 and (found - _KEYS_AT) % KEY_BYTES:
         found = image.find(key, found + 1, ends_at)
     if found < 0:
-        return 0
+        return 0, 0
     number = (found - _KEYS_AT) // KEY_BYTES
-    start = _COUNT.unpack_from(image, ends_at + 4 * (number - 1))[0] if number else 0
-    return int(ends_at + 4 * count + start)
+    rows_at = ends_at + 4 * count
+    if not number:
+        return rows_at, rows_at + int(_COUNT.unpack_from(image, ends_at)[0])
+    start, end = _TWO_ENDS.unpack_from(image, ends_at + 4 * (number - 1))
+    return rows_at + start, rows_at + end
+
+
+def _with_row(image: bytes, key: bytes, row: bytes) -> bytes:
+    """Return the payload of the bucket `image` with a row added."""
+    (count,) = _COUNT.unpack_from(image, PAYLOAD_OFFSET)
+    ends_at = _KEYS_AT + KEY_BYTES * count
+    rows_at = ends_at + 4 * count
+    end = _COUNT.unpack_from(image, rows_at - 4)[0] if count else 0
+    keys, ends, rows = image[_KEYS_AT:ends_at], image[ends_at:rows_at], image[rows_at : rows_at + end]
+    return b"".join((_COUNT.pack(count + 1), keys, key, ends, _COUNT.pack(end + len(row)), rows, row))
 
 
 def _rows(image: bytes) -> dict[bytes, bytes]:

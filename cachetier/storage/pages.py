@@ -15,11 +15,13 @@ Locking: `stage`, `commit` and `staged` belong to one thread at a time (the owne
 at the same time. It never sees a staged image, and if a commit overtakes it, it looks again under the lock.
 """
 
+import mmap
 import struct
 import threading
 
 import xxhash
 
+from cachetier.core.layout import PAGE_BYTES
 from cachetier.storage.file_layer import FileLayer
 
 PAGE_HEADER = struct.Struct("<QQII")
@@ -28,6 +30,7 @@ _BODY_HEADER = struct.Struct("<QII")
 _digest = xxhash.xxh64_intdigest
 _FILL_BYTES = 4 << 20
 _UNKNOWN = 2  # which slot is current has not been looked up yet
+_BLANK = 3  # neither: the page is as it was made, and need not be read from a file that the page cache does not hold
 
 
 class PageFile:
@@ -53,7 +56,7 @@ class PageFile:
         self.num_bad = 0
         self._descriptor = files.open(path, create=True)
         try:
-            self._fill(num_pages * page_bytes * 2)
+            self._fill(path, num_pages * page_bytes * 2)
         except OSError:
             files.close(self._descriptor)
             raise
@@ -65,6 +68,8 @@ class PageFile:
             OSError: the disk fails.
         """
         slot = self._current[page]
+        if slot == _BLANK:
+            return self._empty
         if slot != _UNKNOWN:
             size = self._page_bytes
             image = self._files.pread(self._descriptor, size, (page * 2 + slot) * size)
@@ -105,6 +110,11 @@ class PageFile:
                 self._current[page] = self._target(page)
             self._staged = {}
 
+    @property
+    def num_staged(self) -> int:
+        """Pages that the next commit writes."""
+        return len(self._staged)
+
     def num_copies(self, page: int) -> int:
         """Return how many slots of `page` hold an intact image."""
         return sum(_generation(image) > 0 and self._is_intact(image, page) for image in self._slots(page))
@@ -117,20 +127,29 @@ class PageFile:
         """Close the file; staged images are forgotten."""
         self._files.close(self._descriptor)
 
-    def _fill(self, file_bytes: int) -> None:
+    def _fill(self, path: str, file_bytes: int) -> None:
         """Give a new file its size and write zeros all over it.
 
         Pages are written in random order. In space that is only reserved each of them would become an extent of its
-        own, and with a million extents the file system needs seconds to open and minutes to remove the file.
+        own, and with a million extents the file system needs seconds to open and minutes to remove the file. Past the
+        page cache (O_DIRECT) it takes a tenth of the time on a busy machine, and the first sync has nothing to do.
         """
-        start = self._files.size(self._descriptor)
-        if start < file_bytes:
-            self._files.fallocate(self._descriptor, file_bytes)
-        for offset in range(start, file_bytes, _FILL_BYTES):
-            self._files.pwritev(self._descriptor, [bytes(min(_FILL_BYTES, file_bytes - offset))], offset)
+        start = self._files.size(self._descriptor) // PAGE_BYTES * PAGE_BYTES
+        if start >= file_bytes:
+            return
+        self._files.fallocate(self._descriptor, file_bytes)
+        descriptor = self._files.open(path, direct=True)
+        try:
+            zeros = memoryview(mmap.mmap(-1, _FILL_BYTES))  # page-aligned
+            for offset in range(start, file_bytes, _FILL_BYTES):
+                self._files.pwritev(descriptor, [zeros[: file_bytes - offset]], offset)
+        finally:
+            self._files.close(descriptor)
+        if start == 0:
+            self._current = bytearray([_BLANK]) * len(self._current)
 
     def _target(self, page: int) -> int:
-        return 1 - self._current[page]
+        return 0 if self._current[page] == _BLANK else 1 - self._current[page]
 
     def _slots(self, page: int) -> tuple[bytes, bytes]:
         size = self._page_bytes

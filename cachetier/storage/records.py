@@ -111,6 +111,13 @@ def unpack_body(data: bytes, offset: int) -> DiskChunk:
     )
 
 
+def frame_sizes(body: bytes) -> list[int]:
+    """Return the sizes of the frames of the chunk that `body` describes."""
+    num = _BODY.unpack_from(body)[5]
+    _, object_bytes = _unpack_tiling(body[_BODY.size : _BODY.size + 16 * num])
+    return [frame_bytes(size) for size in object_bytes]
+
+
 @lru_cache(maxsize=1024)  # the few ways in which the engines of one node cut their chunks
 def _unpack_tiling(data: bytes) -> tuple[tuple[Shard, ...], tuple[int, ...]]:
     num = len(data) // 16
@@ -148,3 +155,13 @@ def unpack_header(data: bytes) -> RecordHeader | None:
     if xxhash.xxh64_intdigest(memoryview(data)[_CHECKED_FROM:]) != checksum:
         return None
     return RecordHeader(sequence, size, record_bytes, unpack_body(data, _HEADER.size))
+
+
+def is_header_of(data: memoryview, body: bytes, sequence: int) -> bool:
+    """Tell whether `data` (exactly a header) is intact, of segment `sequence`, and describes the chunk of `body`."""
+    magic, checksum, version, size, _, found = _HEADER.unpack_from(data)
+    return (
+        (magic, version, size, found) == (MAGIC, FORMAT_VERSION, len(data), sequence)
+        and data[_HEADER.size : _HEADER.size + len(body)] == body
+        and xxhash.xxh64_intdigest(data[_CHECKED_FROM:]) == checksum
+    )

@@ -22,10 +22,9 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from cachetier.core.keys import ChainKey
-from cachetier.core.layout import frame_bytes
 from cachetier.storage.file_layer import FileLayer
 from cachetier.storage.index import IndexSettings, Location, SegmentEntry
-from cachetier.storage.records import DiskChunk, header_bytes_of, pack_body, pack_header, unpack_header
+from cachetier.storage.records import DiskChunk, frame_sizes, header_bytes_of, is_header_of, pack_body, pack_header
 from cachetier.storage.recovery import open_index, recover_table
 from cachetier.storage.segments import SegmentFiles, aligned_buffer
 
@@ -138,7 +137,8 @@ class SegmentLog:
         finally:
             with self._lock:
                 self._reading[slot] -= 1
-                self._lock.notify_all()
+                if not self._reading[slot]:
+                    self._lock.notify_all()
         self.counters.read_errors += 1
         return False
 
@@ -187,6 +187,11 @@ class SegmentLog:
         self.num_rows = self._count_rows()
 
     @property
+    def is_settled(self) -> bool:
+        """Whether nothing that an earlier failure left waits for the next commit."""
+        return self._index.is_settled
+
+    @property
     def num_bad_pages(self) -> int:
         """Slots of index pages that did not match their checksum."""
         return self._index.num_bad_pages
@@ -221,13 +226,11 @@ class SegmentLog:
         self._segments.close()
 
     def _read_record(self, slot: int, location: Location, frames: Sequence[memoryview]) -> bool:
-        chunk = location.chunk
-        if [len(frame) for frame in frames] != [frame_bytes(size) for size in chunk.object_bytes]:
-            raise ValueError(f"the frames do not have the sizes of the objects {chunk.object_bytes}")
-        scratch = self._segments.header_scratch(header_bytes_of(len(pack_body(chunk))))
-        self._segments.read(slot, [scratch, *frames], location.offset)
-        header = unpack_header(bytes(scratch))
-        return header is not None and header.sequence == location.sequence and header.chunk == chunk
+        if [len(frame) for frame in frames] != frame_sizes(location.body):
+            raise ValueError(f"the frames do not have the sizes of the objects of {location.chunk}")
+        header = self._segments.header_scratch(header_bytes_of(len(location.body)))
+        self._segments.read(slot, [header, *frames], location.offset)
+        return is_header_of(header, location.body, location.sequence)
 
     def _free_bytes(self) -> int:
         return 0 if self._active is None else self._segments.segment_bytes - self._table[self._active].tail
@@ -314,6 +317,7 @@ class SegmentLog:
             self._index.commit()
         except OSError:
             self._table[slot] = SegmentEntry()
+            self._index.stage_table(self._table, self._changed | {slot})  # no later commit may make it a segment
             raise
         with self._lock:
             self._slot_of = {**self._slot_of, sequence: slot}

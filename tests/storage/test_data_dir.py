@@ -95,6 +95,12 @@ def test_the_parts_stay_within_the_limit(tmp_path: Path, disk_mib: int) -> None:
     assert disk_mib * MIB - shape.segment_bytes - MIB < used <= disk_mib * MIB - MIB
 
 
+def test_the_index_takes_no_more_than_a_start_has_time_to_fill(tmp_path: Path) -> None:
+    DataDir.open(config(tmp_path, disk_bytes=1 << 30)).close()
+    assert disk_shape(config(tmp_path, disk_bytes=127 << 30)).limit_bytes < 4 << 30
+    assert disk_shape(config(tmp_path, disk_bytes=1 << 40)).limit_bytes == 4 << 30
+
+
 def test_a_limit_below_two_segments_of_the_directory_is_refused(tmp_path: Path) -> None:
     DataDir.open(config(tmp_path, disk_bytes=1024 * MIB)).close()
     with pytest.raises(ConfigError, match="disk_bytes"):

@@ -13,7 +13,11 @@ from cachetier.core.layout import KVLayout
 from cachetier.storage.data_dir import DataDir
 from cachetier.storage.disk import ChunkToWrite, DiskTier
 from cachetier.storage.file_layer import FileLayer
+from cachetier.storage.index import IndexSettings
+from cachetier.storage.namespaces import NamespaceTable
+from cachetier.storage.segment_log import SegmentLog
 from tests.storage.chunks import blank_frames, make_chunk, objects
+from tests.storage.fault_files import FaultFiles
 
 WRITES = [make_chunk(seed, object_bytes=30_000) for seed in range(400)]
 IDENTITY = ModelIdentity(
@@ -195,3 +199,28 @@ def test_looking_up_what_is_not_there_is_a_miss(tier: DiskTier) -> None:
     assert tier.lookup(ChainKey(bytes(16))) is None
     assert not tier.read(ChainKey(bytes(16)), [])
     assert tier.drop([ChainKey(bytes(16))]) == 0
+
+
+@pytest.mark.parametrize("fail_in", range(12))
+def test_a_segment_that_could_not_be_begun_costs_no_chunk_at_the_next_start(fail_in: int) -> None:
+    """Its entry in a segment table that is written later would make all segments taken, and the oldest would go."""
+    files = FaultFiles(fail_in)
+    shape = IndexSettings(limit_bytes=128 << 10, segment_bytes=128 << 10, num_segments=3, chunk_tokens=64)
+
+    def open_tier() -> DiskTier:
+        log = SegmentLog("/data", shape, files, lambda key: False, lambda key: False)
+        return DiskTier(log, NamespaceTable("/data", files), 1 << 20)
+
+    tier = open_tier()
+    number = 0
+    while tier.used_bytes < shape.limit_bytes + 2 * shape.segment_bytes or tier._segment_log._free_bytes() > 40_000:
+        assert tier.append([WRITES[number]]) == [True]
+        number += 1
+    files.fail_in = fail_in
+    tier.append([WRITES[number]])
+    files.fail_in = -1
+    kept = held(tier)
+    tier.close()
+    tier = open_tier()
+    assert held(tier) == kept
+    tier.check_integrity()

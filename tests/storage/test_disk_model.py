@@ -80,7 +80,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(
         chosen=st.lists(numbers, min_size=1, max_size=12, unique=True),
-        fail_in=st.integers(0, 12),
+        fail_in=st.integers(0, 30),
         error=st.sampled_from([errno.EIO, errno.ENOSPC]),
     )
     def append_to_failing_disk(self, chosen: list[int], fail_in: int, error: int) -> None:
@@ -94,7 +94,7 @@ class DiskMachine(RuleBasedStateMachine):
                 self.durable[write.chunk.key] = write
         self.settle_append({write.chunk.key for write in writes}, fails=True)
 
-    @rule(chosen=st.lists(numbers, min_size=1, max_size=12, unique=True), crash_in=st.integers(0, 14))
+    @rule(chosen=st.lists(numbers, min_size=1, max_size=12, unique=True), crash_in=st.integers(0, 30))
     def lose_power_in_append(self, chosen: list[int], crash_in: int) -> None:
         self.files.crash_in = crash_in
         writes = [CHUNKS[number] for number in chosen]
