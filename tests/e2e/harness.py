@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cachetier.client import Client
+from cachetier.storage.data_dir import DataDir
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests" / "model"
@@ -176,6 +177,11 @@ class Server:
         self.process.kill()
         self.process.wait()
 
+    def clear(self) -> None:
+        """Remove the arena that a killed server leaves to the next one."""
+        data_dir = DataDir(os.path.realpath(self.data_dir), -1)
+        Path(data_dir.arena_path()).unlink(missing_ok=True)
+
     def restart_with(self, data_dir: Path) -> None:
         """Stop it and start one with another data directory at the same socket."""
         self.stop()
@@ -218,6 +224,8 @@ def running(*parts: Engine | Server) -> Iterator[None]:
     finally:
         for part in parts:
             part.kill()
+            if isinstance(part, Server):
+                part.clear()
 
 
 def prompts_with_shared_prefixes(count: int, seed: int = 0, longest: int = 3000) -> list[dict]:
