@@ -1,10 +1,10 @@
 """The index: where on disk each chunk lies, and what is known of it, in a hash table of checksummed pages.
 
-Why not LMDB: it maps its file and follows the offsets in it. Of 1,000 bits flipped in the structure of an LMDB file, two
-ended the process that used it with a signal, and 47 gave rows other bytes than were put (`bench/index_faults.py`); the
-second could be cured by a checksum in each row, the first only by reading all of the file at open (`lmdb.verify`). The
-same flips in this file did neither. Here every lookup verifies the one page it reads; nothing has to be checked,
-replayed or rebuilt at open; and a lookup costs the same at any size.
+Why not LMDB: it maps its file and follows the offsets in it. Of 1,000 bits flipped in the structure of an LMDB file,
+two ended the process that used it with a signal, and 47 gave rows other bytes than were put (bench/index_faults.py). A
+checksum in each row would notice the latter; the only check of a file against the former (`lmdb.verify`) reads all of
+it. As many flips in the structure of this index did neither. Every lookup verifies the one page it reads; nothing has
+to be checked, replayed or rebuilt at open; and a lookup costs the same at any size.
 
 A key has two possible pages; it stands in the first unless that was getting full when it came. A row names its segment
 by sequence number; a row whose segment is gone is dead, is never returned, and makes room for the next row in its page.
