@@ -216,6 +216,7 @@ def test_a_segment_that_could_not_be_begun_costs_no_chunk_at_the_next_start(fail
     while tier.used_bytes < shape.limit_bytes + 2 * shape.segment_bytes or tier._segment_log._free_bytes() > 40_000:
         assert tier.append([WRITES[number]]) == [True]
         number += 1
+    tier.drop([WRITES[0].chunk.key])  # commits the segment table: nothing else is left to be written there
     files.fail_in = fail_in
     tier.append([WRITES[number]])
     files.fail_in = -1
