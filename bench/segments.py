@@ -3,8 +3,8 @@
 The yardstick is the same pattern without us: O_DIRECT on a preallocated file of the same disk, one sequential write and
 one `fdatasync` a group, one read a chunk, from as many threads. Yardstick and tier take turns, and the medians over the
 rounds count. The tier writes in addition a header for each chunk and the index, and verifies headers when it reads.
-Its index is new: no page of it has to be read before it is written. With an index that was opened again, and whose pages
-are not in the page cache, groups of 128 KiB objects were written at half this rate (30 % of the yardstick, not 60 %).
+Its index is new: no page of it has to be read before it is written. After a restart, with pages that are not in the
+page cache, groups of 128 KiB objects were written at half the rate (30 % of the yardstick instead of 60 %).
 
     python bench/segments.py [--dir DIR] [--group-mib 64] [--rounds 7]
 """
