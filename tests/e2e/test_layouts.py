@@ -1,5 +1,6 @@
 """Any layout reads any other: block sizes and tensor parallelism differ, the stored bytes do not."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,13 @@ class Layout:
     def store(self) -> tuple[list[dict], list[np.ndarray]]:
         """Ask all prompts of a server that holds none of them, and wait until it holds them all."""
         before = self._server.peek()["tokens"]
+        target, deadline_s = before["stored"] + NUM_STORED, time.monotonic() + 120
         result = self.ask()
-        stats = self._server.wait_for(lambda stats: stats["tokens"]["stored"] >= before["stored"] + NUM_STORED)
+        # Two ranks on two busy cores drop what they cannot store within a second; vLLM's own cache still has it.
+        while (stats := self._server.peek())["tokens"]["stored"] < target:
+            assert time.monotonic() < deadline_s, f"still {stats}"
+            time.sleep(1)
+            self.ask()
         assert stats["tokens"]["stored"] == before["stored"] + NUM_STORED
         hits = sum(stats["tokens"]["hit"].values()) - sum(before["hit"].values())
         assert hits <= whole_chunks(len(START)), "more was held than what prompts share with earlier ones"
