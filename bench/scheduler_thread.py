@@ -88,6 +88,7 @@ def output_of(request: Any, start: int, count: int, blocks: list[int]) -> Any:
     )
     return SimpleNamespace(
         num_scheduled_tokens={request.request_id: count},
+        preempted_req_ids=set(),
         scheduled_new_reqs=[] if start else [new],
         scheduled_cached_reqs=cached,
     )
@@ -110,6 +111,7 @@ def serve_held(half: SchedulerHalf, tokens: list[int]) -> Meter:
     meter(half.update_state_after_alloc, request, blocks, found[0])
     idle = SimpleNamespace(
         num_scheduled_tokens={},
+        preempted_req_ids=set(),
         scheduled_new_reqs=[],
         scheduled_cached_reqs=SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[]),
     )
@@ -161,22 +163,24 @@ def main() -> None:
             assert server.stdout is not None
             assert server.stdout.readline(), "the server did not start"
             socket_path = f"{folder}/data/cachetier.sock"
-            held = [rng.randrange(128_000) for _ in range(NUM_CHUNKS * CHUNK_TOKENS)]
-            store(socket_path, held)
-            facts = EngineFacts(
-                engine="bench",
-                config=ConnectorConfig(server=f"unix:{socket_path}", match_deadline_ms=5000),
-                loads=True,
-                stores=True,
-                block_tokens=BLOCK_TOKENS,
-                layout=LAYOUT,
-                tiling=[LAYOUT.whole()],
-            )
-            half = SchedulerHalf(facts, IDENTITY, lambda: socket_path)
-            hits = [serve_held(half, held) for _ in range(repeats)]
-            misses = [serve_new(half, [rng.randrange(128_000) for _ in held]) for _ in range(repeats)]
-            half.stop()
-            server.terminate()
+            try:
+                held = [rng.randrange(128_000) for _ in range(NUM_CHUNKS * CHUNK_TOKENS)]
+                store(socket_path, held)
+                facts = EngineFacts(
+                    engine="bench",
+                    config=ConnectorConfig(server=f"unix:{socket_path}", match_deadline_ms=5000),
+                    loads=True,
+                    stores=True,
+                    block_tokens=BLOCK_TOKENS,
+                    layout=LAYOUT,
+                    tiling=[LAYOUT.whole()],
+                )
+                half = SchedulerHalf(facts, IDENTITY, lambda: socket_path)
+                hits = [serve_held(half, held) for _ in range(repeats)]
+                misses = [serve_new(half, [rng.randrange(128_000) for _ in held]) for _ in range(repeats)]
+                half.stop()
+            finally:
+                server.terminate()
     for kind, meters in (("held", hits), ("not held", misses)):
         for clock in ("cpu", "wall"):
             median = statistics.median(getattr(meter, f"{clock}_s") for meter in meters)
