@@ -69,13 +69,16 @@ class _Rows:
         else:
             self._rows, self._offsets = flat, offsets
 
-    def read(self, piece: "_Piece", into: torch.Tensor) -> None:
-        """Copy the rows of `piece` to `into`, `[heads, tokens, head_size]`."""
-        block, start, end = piece.block, piece.slot, piece.slot + piece.num_tokens
+    def read(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all tokens of `blocks`, int64 `[n]`, one after the other: `[heads, tokens, head_size]`.
+
+        Whole blocks with few, large operations: cutting them at the borders of chunks costs several times as much.
+        """
         if self._offsets is None:
-            into.copy_(self._rows[block, :, start:end])
+            rows = self._rows.transpose(0, 1)[:, blocks]
         else:
-            into.copy_(self._rows[block][:, self._offsets[start:end]])
+            rows = self._rows[blocks].transpose(0, 1)[:, :, self._offsets]
+        return rows.flatten(1, 2)
 
     def write(self, piece: "_Piece", rows: torch.Tensor) -> None:
         """Copy `rows`, `[heads, tokens, head_size]`, to the slots of `piece`."""
@@ -145,11 +148,11 @@ class CpuCopyEngine(CopyEngine):
     def gather(self, block_ids: Sequence[int], first_token: int, num_chunks: int, chunk_tokens: int) -> torch.Tensor:
         shards = torch.empty(num_chunks, self.shard_bytes(chunk_tokens), dtype=torch.uint8)
         rows = self._as_rows(shards, chunk_tokens)
-        for piece in _pieces(block_ids, self._block_tokens, first_token, chunk_tokens, 0, num_chunks * chunk_tokens):
-            part = rows[piece.chunk, :, :, piece.token : piece.token + piece.num_tokens]
-            for layer, halves in enumerate(self._layers):
-                for half, paged in enumerate(halves):
-                    paged.read(piece, part[:, layer, :, half])
+        blocks, end_token = torch.tensor(block_ids), first_token + num_chunks * chunk_tokens
+        for layer, halves in enumerate(self._layers):
+            for half, paged in enumerate(halves):
+                read = paged.read(blocks)[:, first_token:end_token].unflatten(1, (num_chunks, chunk_tokens))
+                rows[:, :, layer, :, half] = read.transpose(0, 1)
         return shards
 
     def scatter(
