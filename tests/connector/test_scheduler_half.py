@@ -169,7 +169,8 @@ def test_a_load_that_failed_is_stored_again_from_where_it_failed_and_not_tried_a
     half.update_from_workers(["r"], {4, 5, 6, 7})
     assert scheduling.ask(request) == 0
     assert stored(half.build_plan(step_of({"r": (list(range(10)), 128, 172)}))) == [(2, 2, [4, 5, 6, 7])]
-    after = eventually(lambda: (stats := stats_of(tier.server))["loads_failed"] > before["loads_failed"] and stats)
+    eventually(lambda: stats_of(tier.server)["loads_failed"] > before["loads_failed"])
+    after = eventually(lambda: (stats := stats_of(tier.server))["leases"] == 0 and stats)
     assert after["tokens"]["hit"]["host"] - before["tokens"]["hit"]["host"] == 128
     assert eventually(lambda: scheduling.leases() == 0)
 
