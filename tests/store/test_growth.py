@@ -46,6 +46,8 @@ class Load:
                 self.engine = Engine(self.store, f"engine {self.num_requests}")
                 self.num_requests += 5
             self.store.expire()
+            if self.chance.random() < 0.01:  # the disk gets its turn: what it cannot keep up with would be dropped
+                self.store.flush()
 
 
 @pytest.mark.slow
