@@ -20,30 +20,16 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from match import IDENTITY, LAYOUT, Prober
 from record import record, row
 
-from cachetier.client import Client, Session
 from cachetier.core.config import ConnectorConfig
-from cachetier.core.keys import ModelIdentity
-from cachetier.core.layout import KVLayout
-from cachetier.core.messages import Commit, RegisterNamespace, Reserve
 from cachetier_connector.facts import EngineFacts
 from cachetier_connector.plan import tokens_to_bytes
 from cachetier_connector.scheduler_half import SchedulerHalf
 
 NUM_CHUNKS, CHUNK_TOKENS, BLOCK_TOKENS, STEP_TOKENS = 512, 64, 16, 2048
 STEP_S = 0.005
-LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, row_bytes=32)
-IDENTITY = ModelIdentity(
-    model="bench",
-    weights="bench",
-    kv_dtype="bfloat16",
-    attention="full",
-    num_layers=2,
-    num_kv_heads=1,
-    k_head_size=8,
-    v_head_size=8,
-)
 
 
 class Meter:
@@ -139,18 +125,6 @@ def serve_new(half: SchedulerHalf, tokens: list[int]) -> Meter:
     return meter
 
 
-def store(socket_path: str, tokens: list[int]) -> None:
-    """Have the server hold all chunks of a prompt, whatever their payload."""
-    client = Client(socket_path)
-    session = Session(client, "bench", "bench", 10)
-    namespace = client.call(RegisterNamespace(session=session.id, identity=IDENTITY, layouts=[LAYOUT]), 10).namespace
-    message = Reserve(
-        session=session.id, namespace=namespace, tokens=tokens_to_bytes(tokens), tiling=[LAYOUT.whole()], shard=0
-    )
-    reply = client.call(message, 10)
-    client.call(Commit(session=session.id, lease=reply.lease, checksums=[0] * len(reply.frames)), 10)
-
-
 def main() -> None:
     """Measure both kinds of request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,7 +139,7 @@ def main() -> None:
             socket_path = f"{folder}/data/cachetier.sock"
             try:
                 held = [rng.randrange(128_000) for _ in range(NUM_CHUNKS * CHUNK_TOKENS)]
-                store(socket_path, held)
+                Prober(socket_path).store(tokens_to_bytes(held))
                 facts = EngineFacts(
                     engine="bench",
                     config=ConnectorConfig(server=f"unix:{socket_path}", match_deadline_ms=5000),
