@@ -15,11 +15,6 @@ class CopyEngine(ABC):
 
     @property
     @abstractmethod
-    def row_bytes(self) -> int:
-        """Bytes of one K row and one V row together, of one head, layer and token."""
-
-    @property
-    @abstractmethod
     def block_tokens(self) -> int:
         """Tokens a block."""
 

@@ -135,10 +135,6 @@ class CpuCopyEngine(CopyEngine):
         self._row_bytes: int = int(width) * integers[0].element_size()
 
     @property
-    def row_bytes(self) -> int:
-        return self._row_bytes
-
-    @property
     def block_tokens(self) -> int:
         return self._block_tokens
 

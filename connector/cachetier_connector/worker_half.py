@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cachetier.client import expected_socket
+from cachetier.core.keys import TOKEN_BYTES
 from cachetier_connector.arena_cache import ArenaCache
 from cachetier_connector.copy_factory import make_copy_engine
 from cachetier_connector.facts import EngineFacts, layers_in_order, rank_of
@@ -98,7 +99,7 @@ class WorkerHalf:
         if not self._is_storing:
             return
         for store in stores:
-            num_chunks = len(store.tokens) // 4 // store.chunk_tokens
+            num_chunks = len(store.tokens) // (TOKEN_BYTES * store.chunk_tokens)
             if self._storer.has_room(num_chunks, num_chunks * self._engine.shard_bytes(store.chunk_tokens)):
                 first_token = store.position * store.chunk_tokens % self._engine.block_tokens
                 shards = self._engine.gather(store.block_ids, first_token, num_chunks, store.chunk_tokens)
