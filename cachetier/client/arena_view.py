@@ -1,6 +1,7 @@
 """The arena as an engine's process sees it: mapped, read and written in place, never owned."""
 
 import contextlib
+import ctypes
 import mmap
 import os
 
@@ -36,6 +37,11 @@ class ArenaView:
             return cls(mmap.mmap(descriptor, geometry.file_bytes), geometry)
         finally:
             os.close(descriptor)
+
+    @property
+    def address(self) -> int:
+        """Where the data area starts in this process: offset 0 of `frame`. Valid until the file is unmapped."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._memory, self.geometry.data_offset))
 
     def frame(self, offset: int, length_bytes: int) -> memoryview:
         """Return the writable bytes `[offset, offset + length_bytes)` of the data area, without a copy."""

@@ -1,30 +1,82 @@
-"""The interface of copy engines: between vLLM's paged KV blocks and objects in the canonical layout."""
+"""The interface of copy engines: between vLLM's paged KV blocks and frames of the arena.
+
+One engine serves one rank's paged blocks. The rank's shard of a chunk is `[kv_head][layer][token][K row | V row]` over
+the rank's own heads and layers; frames hold objects of whatever shards their producers had. An engine may own device
+memory and streams, but no threads other than those that `use_arena` needs: the worker's main thread calls `snapshot`
+and `fence`, the one store thread `fill`, each load thread its own `LoadRun`s, all at the same time.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
+from cachetier.client import ArenaView
+from cachetier_connector.plan import ChunkSource, LoadOp
+
+
+class LoadRun(ABC):
+    """One load under way: frames are pushed as they become ready. Used by one load thread from open to finish."""
+
+    @property
+    @abstractmethod
+    def corrupt_key(self) -> bytes | None:
+        """The key of the first chunk that did not match its checksum; final after `finish`.
+
+        May be known earlier: whatever is pushed after it is not used, so that the caller can stop.
+        """
+
+    @abstractmethod
+    def push(self, group: Sequence[ChunkSource]) -> None:
+        """Copy the next consecutive chunks of the load; their frames are ready.
+
+        May block, and may return before the chunks are copied or verified. If it raises, nothing more may be pushed,
+        and the load has failed as a whole; `finish` must be called all the same.
+        """
+
+    @abstractmethod
+    def finish(self) -> int:
+        """Wait, and return how many chunks, from the first one pushed on, are good.
+
+        Good means verified, written to the load's tokens (and to no other slot), and visible to whatever the engine
+        computes from now on. Bytes that do not match are never written to paged blocks that are reported as good.
+        After this returns, however it returns, the run touches neither frames nor paged blocks.
+        """
 
 
 class CopyEngine(ABC):
-    """Moves one rank's KV between its paged blocks and canonical bytes.
-
-    The rank's shard of a chunk is `[kv_head][layer][token][K row | V row]` over the rank's own heads and layers. One
-    engine owns no threads; `gather` is called from the worker's main thread, `scatter` from its load thread.
-    """
+    """Moves one rank's KV between its paged blocks and the arena."""
 
     @property
     @abstractmethod
     def block_tokens(self) -> int:
         """Tokens a block."""
 
+    @property
+    @abstractmethod
+    def keeps_blocks(self) -> bool:
+        """Whether a snapshot's KV stays in the paged blocks until `fill` has run, so that these must not be reused.
+
+        False: `snapshot` copies into host memory, which `staging_bytes` bounds, and blocks may be reused at once.
+        """
+
     @abstractmethod
     def shard_bytes(self, chunk_tokens: int) -> int:
         """Return the size of this rank's shard of one chunk."""
 
     @abstractmethod
-    def gather(self, block_ids: Sequence[int], first_token: int, num_chunks: int, chunk_tokens: int) -> torch.Tensor:
-        """Copy consecutive chunks out of paged blocks.
+    def use_arena(self, arena: ArenaView) -> None:
+        """Learn that `arena` has been mapped, and prepare fast copies to and from it in the background.
+
+        Any thread; never blocks for long; called once for each mapping, before other methods are given it. Copies must
+        work before the preparation is done, and if it fails. An engine that holds on to an arena lets go of it when it
+        is given the next one (its server has ended), once the copies under way have ended: its memory is shared.
+        """
+
+    @abstractmethod
+    def snapshot(self, block_ids: Sequence[int], first_token: int, num_chunks: int, chunk_tokens: int) -> Any:
+        """Take consecutive chunks as the work launched so far leaves them in the paged blocks.
+
+        The worker's main thread, after the step's work was launched; never waits for a device.
 
         Args:
             block_ids: consecutive blocks of one request.
@@ -33,26 +85,45 @@ class CopyEngine(ABC):
             chunk_tokens: tokens a chunk.
 
         Returns:
-            uint8 `[num_chunks, shard_bytes]` in host memory, complete when this returns.
+            What `fill` needs. It may be dropped without a `fill`.
         """
 
     @abstractmethod
-    def scatter(
+    def fill(
         self,
-        shards: torch.Tensor,
-        chunk_tokens: int,
-        skip_tokens: int,
-        block_ids: Sequence[int],
-        first_token: int,
-        num_tokens: int,
-    ) -> None:
-        """Copy tokens of consecutive chunks into paged blocks; visible to the engine when this returns.
+        snapshot: Any,
+        numbers: Sequence[int],
+        arena: ArenaView,
+        frames: Sequence[int],
+        is_wanted: Callable[[], bool],
+    ) -> list[int | None]:
+        """Write chunks of a snapshot into frames of the arena: object, page digests, zero padding left as it is.
+
+        The store thread. Blocks until the bytes stand in the arena; after it returns, however it returns, the paged
+        blocks are not read any more.
 
         Args:
-            shards: uint8 `[num_chunks, shard_bytes]` in host memory.
-            chunk_tokens: tokens a chunk.
-            skip_tokens: tokens at the start of the first chunk that are not wanted.
-            block_ids: consecutive blocks of one request.
-            first_token: where the first wanted token goes, counted from the start of the first block.
-            num_tokens: how many tokens to write. No other slot is touched.
+            snapshot: from `snapshot`.
+            numbers: which of its chunks, ascending.
+            arena: to write to, under the caller's lease.
+            frames: the offset of the frame of each of `numbers`.
+            is_wanted: asked between batches (the first included); False: fill no more, the blocks are needed.
+
+        Returns:
+            For each of `numbers` the checksum of its object, None for those that were not filled.
         """
+
+    @abstractmethod
+    def fence(self) -> Any:
+        """Return what a load submitted now must wait for before it writes to paged blocks.
+
+        The worker's main thread, before the load is queued; never waits for a device.
+        """
+
+    @abstractmethod
+    def open_load(self, arena: ArenaView, load: LoadOp, fence: Any) -> LoadRun:
+        """Start to carry out `load` from `arena` after `fence`. A load thread; any number of runs at the same time."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Release device memory and let go of arenas. No other method is running or called afterwards."""
