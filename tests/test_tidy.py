@@ -42,6 +42,7 @@ OWNERS = {
     "aiohttp": ("cachetier.service", "cachetier.cli"),
     "vllm": ("cachetier_connector",),
     "torch": ("cachetier_connector", "cachetier_blend"),
+    "triton": ("cachetier_connector.cuda",),
 }
 
 Modules = Mapping[str, ast.Module]

@@ -1,0 +1,82 @@
+"""Triton: XXH64 (seed 0) of 4 KiB pages, https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md.
+
+A page's four accumulators are neighbouring lanes, so the lanes of a page read one 32-byte stripe at a time, a whole
+sector of memory. The stripes of a page follow one another; pages are independent. Nothing is compiled before the first
+launch.
+"""
+
+import triton
+import triton.language as tl
+
+PAGES_A_PROGRAM = 8  # four lanes each: a warp
+STRIPE_BYTES = tl.constexpr(32)
+PAGE_STRIPES = tl.constexpr(128)
+PAGE_WORDS = tl.constexpr(512)
+STRIPES_AT_ONCE = tl.constexpr(8)  # loads in flight
+
+PRIME_1 = tl.constexpr(0x9E3779B185EBCA87)
+PRIME_2 = tl.constexpr(0xC2B2AE3D27D4EB4F)
+PRIME_3 = tl.constexpr(0x165667B19E3779F9)
+PRIME_4 = tl.constexpr(0x85EBCA77C2B2AE63)
+
+
+@triton.jit
+def rotated(value, count: tl.constexpr):
+    """Return uint64 `value` rotated left by `count` bits."""
+    return (value << count) | (value >> (64 - count))
+
+
+@triton.jit
+def mixed(accumulator, word):
+    """Return the accumulator after one round of XXH64."""
+    prime_1 = tl.full((1,), PRIME_1, tl.uint64)
+    prime_2 = tl.full((1,), PRIME_2, tl.uint64)
+    return rotated(accumulator + word * prime_2, 31) * prime_1
+
+
+@triton.jit(do_not_specialize=["sources", "page_bytes", "digests", "num_pages"])
+def digest_kernel(sources, page_bytes, digests, num_pages, pages_a_program: tl.constexpr):
+    """Write the digests of all pages of all chunks; programs: pages, chunk."""
+    chunk = tl.program_id(1)
+    page = tl.program_id(0) * pages_a_program + tl.arange(0, pages_a_program)
+    length = tl.load(page_bytes + page, mask=page < num_pages, other=0)
+    num_stripes = (length // STRIPE_BYTES)[:, None]
+    lane = tl.arange(0, 4)[None, :]
+    start = tl.multiple_of(tl.load(sources + chunk), 16).to(tl.pointer_type(tl.uint64))
+    words = start + (page.to(tl.int64) * PAGE_WORDS)[:, None] + lane
+
+    prime_1 = tl.full((1, 1), PRIME_1, tl.uint64)
+    prime_2 = tl.full((1, 1), PRIME_2, tl.uint64)
+    zero = tl.zeros((pages_a_program, 4), tl.uint64)
+    accumulators = zero + tl.where(lane == 0, prime_1, zero) - tl.where(lane == 3, prime_1, zero)
+    accumulators += tl.where(lane < 2, prime_2, zero)
+    for first in range(0, PAGE_STRIPES, STRIPES_AT_ONCE):
+        for step in tl.static_range(STRIPES_AT_ONCE):
+            is_there = first + step < num_stripes
+            word = tl.load(words + (first + step) * 4, mask=is_there, other=0)
+            accumulators = tl.where(is_there, mixed(accumulators, word), accumulators)
+    digest = finished(accumulators, lane, length)
+    target = digests + chunk.to(tl.int64) * num_pages + page
+    tl.store(target, digest.to(tl.int64, bitcast=True), mask=page < num_pages)
+
+
+@triton.jit
+def finished(accumulators, lane, length):
+    """Return the digests of `length` bytes, a multiple of a stripe, from the four accumulators of each page."""
+    prime_1 = tl.full((1,), PRIME_1, tl.uint64)
+    prime_2 = tl.full((1,), PRIME_2, tl.uint64)
+    prime_3 = tl.full((1,), PRIME_3, tl.uint64)
+    prime_4 = tl.full((1,), PRIME_4, tl.uint64)
+    zero = tl.zeros_like(accumulators)
+    turned = tl.where(lane == 0, rotated(accumulators, 1), rotated(accumulators, 7))
+    turned = tl.where(lane == 2, rotated(accumulators, 12), turned)
+    turned = tl.where(lane == 3, rotated(accumulators, 18), turned)
+    digest = tl.sum(turned, axis=1)
+    single = mixed(zero, accumulators)
+    for number in tl.static_range(4):
+        digest ^= tl.sum(tl.where(lane == number, single, zero), axis=1)
+        digest = digest * prime_1 + prime_4
+    digest += length.to(tl.uint64)
+    digest = (digest ^ (digest >> 33)) * prime_2
+    digest = (digest ^ (digest >> 29)) * prime_3
+    return digest ^ (digest >> 32)

@@ -1,0 +1,127 @@
+"""The work of the copy engine that runs on the device: gather, scatter, digests. One launch each.
+
+Each function enqueues on the current stream of the current device, which must be the tensors', and does not wait: the
+caller keeps every tensor and address alive and unchanged until the stream has passed. Nothing is checked on the
+device: block numbers, addresses and sizes must be right. Addresses are those of staging memory on the device,
+multiples of 16. With TRITON_INTERPRET=1 set before this is imported, everything runs on CPU tensors.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from cachetier_connector.cuda.copy_kernels import gather_kernel, scatter_kernel
+from cachetier_connector.cuda.digest_kernel import PAGES_A_PROGRAM, digest_kernel
+from cachetier_connector.cuda.launch import Launch
+from cachetier_connector.cuda.paged_layers import PagedLayers
+
+TILE_UNITS_MAX = 2048  # 16 KiB in 16 accesses a thread: enough in flight to fill the memory's pipe
+COPY_WARPS = 4
+UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+
+def gather(
+    layers: PagedLayers,
+    blocks: torch.Tensor,
+    first_token: int,
+    num_chunks: int,
+    chunk_tokens: int,
+    targets: torch.Tensor,
+) -> None:
+    """Copy consecutive chunks out of paged blocks.
+
+    Args:
+        layers: the paged caches.
+        blocks: int64 `[n]` on the device, consecutive blocks of one request.
+        first_token: where the first chunk starts, counted from the start of the first block.
+        num_chunks: how many chunks, at least 1.
+        chunk_tokens: tokens a chunk.
+        targets: int64 `[num_chunks]` on the device: the address each chunk goes to, `layers.shard_bytes(chunk_tokens)`
+            bytes in the canonical layout.
+    """
+    grid = (_tiles_of(layers, chunk_tokens), num_chunks, 1)
+    _copy_launch(layers, gather_kernel, chunk_tokens)(grid, layers.layer_ptrs, blocks, targets, first_token)
+
+
+def scatter(
+    layers: PagedLayers,
+    blocks: torch.Tensor,
+    first_token: int,
+    num_tokens: int,
+    skip_tokens: int,
+    chunk_tokens: int,
+    sources: torch.Tensor,
+    unit_offsets: torch.Tensor,
+) -> None:
+    """Copy tokens of consecutive chunks into paged blocks. No byte of any other slot is touched.
+
+    Args:
+        layers: the paged caches.
+        blocks: int64 `[n]` on the device, consecutive blocks of one request.
+        first_token: where the first wanted token goes, counted from the start of the first block.
+        num_tokens: how many tokens to write, at least 1.
+        skip_tokens: tokens at the start of the first chunk that are not wanted.
+        chunk_tokens: tokens a chunk.
+        sources: int64 `[num_chunks]` on the device: the address of each chunk's staged bytes; as many chunks as
+            `skip_tokens + num_tokens` reach into.
+        unit_offsets: int64 `[num_heads * num_layers]` on the device, multiples of the row's bytes: token `t` of
+            `(head, layer)` of chunk `c` is at `sources[c] + unit_offsets[head * num_layers + layer] + t * row_bytes`.
+    """
+    num_chunks = -(-(skip_tokens + num_tokens) // chunk_tokens)
+    grid = (_tiles_of(layers, chunk_tokens), num_chunks, 1)
+    launch = _copy_launch(layers, scatter_kernel, chunk_tokens)
+    launch(grid, layers.layer_ptrs, blocks, sources, unit_offsets, first_token, num_tokens, skip_tokens)
+
+
+def digest_pages(sources: torch.Tensor, page_bytes: torch.Tensor, digests: torch.Tensor) -> None:
+    """Compute XXH64 (seed 0) of the 4 KiB pages of staged chunks, bit for bit what xxhash computes.
+
+    Args:
+        sources: int64 `[num_chunks]` on the device: the address of each chunk's staged bytes.
+        page_bytes: int32 `[pages]` on the device: the length of each page, the same for all chunks; multiples of 32
+            from 32 to 4096. Page `p` starts at `sources[c] + p * 4096` also after a shorter one.
+        digests: int64 `[num_chunks, pages]` on the device, contiguous: where the digests go (their bits).
+    """
+    num_chunks, num_pages = digests.shape
+    grid = (-(-num_pages // PAGES_A_PROGRAM), num_chunks, 1)
+    _digest_launch(digests.device)(grid, sources, page_bytes, digests, num_pages)
+
+
+def _tile_units(layers: PagedLayers, chunk_tokens: int) -> int:
+    return min(TILE_UNITS_MAX, int(triton.next_power_of_2(layers.chunk_units(chunk_tokens))))
+
+
+def _tiles_of(layers: PagedLayers, chunk_tokens: int) -> int:
+    """Return how many programs a chunk needs."""
+    num_tiles = -(-layers.chunk_units(chunk_tokens) // _tile_units(layers, chunk_tokens))
+    return layers.num_heads * layers.num_layers * num_tiles
+
+
+def _copy_launch(layers: PagedLayers, kernel: Any, chunk_tokens: int) -> Launch:
+    key = (kernel.__name__, chunk_tokens)
+    launch = layers.launches.get(key)
+    if launch is None:
+        constants = (
+            chunk_tokens,
+            layers.num_layers,
+            layers.num_heads,
+            layers.row_bytes // layers.unit_bytes,
+            _tile_units(layers, chunk_tokens),
+            UNITS[layers.unit_bytes],
+            layers.align_bytes,
+            layers.block_tokens,
+            layers.block_stride,
+            layers.head_stride,
+            layers.token_stride,
+        )
+        launch = layers.launches[key] = Launch(kernel, constants, COPY_WARPS)
+    return launch
+
+
+@cache
+def _digest_launch(device: torch.device) -> Launch:
+    """Return the launch for `device`: a compiled kernel belongs to one."""
+    return Launch(digest_kernel, (PAGES_A_PROGRAM,), num_warps=1)
