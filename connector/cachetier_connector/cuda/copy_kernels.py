@@ -10,12 +10,24 @@ import triton.language as tl
 
 
 @triton.jit
-def paged_rows(
+def vectors(address, index, unit: tl.constexpr, align_bytes: tl.constexpr):
+    """Return pointers to the units `index` from `address` on, so that a thread moves `align_bytes` at once.
+
+    Every `align_bytes` of them are consecutive and aligned. The compiler cannot know it: the address is a number.
+    """
+    pointers = address.to(tl.pointer_type(unit)) + index
+    run: tl.constexpr = align_bytes * 8 // unit.primitive_bitwidth
+    return tl.max_contiguous(tl.multiple_of(pointers, align_bytes), run)
+
+
+@triton.jit
+def paged_units(
     layer_ptrs,
     blocks,
     layer,
     head,
     slot,
+    column,
     is_wanted,
     unit: tl.constexpr,
     align_bytes: tl.constexpr,
@@ -24,11 +36,11 @@ def paged_rows(
     head_stride: tl.constexpr,
     token_stride: tl.constexpr,
 ):
-    """Return pointers to the rows at `slot` (tokens from the start of the first block) of one layer and head."""
-    base = tl.multiple_of(tl.load(layer_ptrs + layer), align_bytes).to(tl.pointer_type(unit))
+    """Return pointers to units of rows of one layer and head, at `slot` (tokens from the first block's start)."""
     block = tl.load(blocks + slot // block_tokens, mask=is_wanted, other=0)
     token = (slot % block_tokens).to(tl.int64)
-    return base + head.to(tl.int64) * head_stride + (block * block_stride + token * token_stride)
+    offset = head.to(tl.int64) * head_stride + (block * block_stride + token * token_stride) + column
+    return vectors(tl.load(layer_ptrs + layer), offset, unit, align_bytes)
 
 
 @triton.jit(do_not_specialize=["layer_ptrs", "blocks", "targets", "first_token"])
@@ -55,13 +67,13 @@ def gather_kernel(
     head, layer = program % num_heads, program // num_heads // num_tiles
     index = (program // num_heads % num_tiles) * tile + tl.arange(0, tile)
     is_wanted = index < chunk_tokens * row_units
-    slot = first_token + chunk * chunk_tokens + index // row_units
-    rows = paged_rows(
+    rows = paged_units(
         layer_ptrs,
         blocks,
         layer,
         head,
-        slot,
+        first_token + chunk * chunk_tokens + index // row_units,
+        index % row_units,
         is_wanted,
         unit,
         align_bytes,
@@ -70,10 +82,9 @@ def gather_kernel(
         head_stride,
         token_stride,
     )
-    values = tl.load(rows + index % row_units, mask=is_wanted)
-    target = tl.multiple_of(tl.load(targets + chunk), align_bytes).to(tl.pointer_type(unit))
-    target += (head * num_layers + layer).to(tl.int64) * (chunk_tokens * row_units)
-    tl.store(target + index, values, mask=is_wanted)
+    start = (head * num_layers + layer).to(tl.int64) * (chunk_tokens * row_units)
+    target = vectors(tl.load(targets + chunk), start + index, unit, align_bytes)
+    tl.store(target, tl.load(rows, mask=is_wanted), mask=is_wanted)
 
 
 @triton.jit(
@@ -106,12 +117,13 @@ def scatter_kernel(
     index = (program // num_heads % num_tiles) * tile + tl.arange(0, tile)
     number = chunk * chunk_tokens + index // row_units - skip_tokens  # counted from the first wanted token
     is_wanted = (index < chunk_tokens * row_units) & (number >= 0) & (number < num_tokens)
-    rows = paged_rows(
+    rows = paged_units(
         layer_ptrs,
         blocks,
         layer,
         head,
         first_token + number,
+        index % row_units,
         is_wanted,
         unit,
         align_bytes,
@@ -121,6 +133,5 @@ def scatter_kernel(
         token_stride,
     )
     start = tl.load(sources + chunk) + tl.load(unit_offsets + head * num_layers + layer)
-    source = tl.multiple_of(start, align_bytes).to(tl.pointer_type(unit))
-    values = tl.load(source + index, mask=is_wanted)
-    tl.store(rows + index % row_units, values, mask=is_wanted)
+    source = vectors(start, index, unit, align_bytes)
+    tl.store(rows, tl.load(source, mask=is_wanted), mask=is_wanted)
