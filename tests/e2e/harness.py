@@ -1,6 +1,7 @@
 """Starts real engines and servers for tests, and stops or kills them."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import random
@@ -19,6 +20,10 @@ from cachetier.storage.data_dir import DataDir
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests" / "model"
+# As in an environment where nothing of this project is installed, and perhaps vLLM itself stands on the path.
+PYTHONPATH = os.pathsep.join(
+    [*map(str, (ROOT, ROOT / "connector", ROOT / "blend")), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 START_S = 240
 REPLY_S = 120
 
@@ -51,12 +56,9 @@ class Engine:
             "seed": 0,
         } | arguments
         if connector is not None:
-            name, module = (
-                ("ProbeConnector", "tests.e2e.probe_connector") if probe_dir else ("CachetierConnector", None)
-            )
             options["kv_transfer_config"] = {
-                "kv_connector": name,
-                "kv_connector_module_path": module,
+                "kv_connector": "ProbeConnector" if probe_dir else "CachetierConnector",
+                "kv_connector_module_path": "tests.e2e.probe_connector" if probe_dir else _connector_module(),
                 "kv_role": kv_role,
                 "kv_connector_extra_config": connector,
             }
@@ -66,7 +68,7 @@ class Engine:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_LOGGING_LEVEL": "INFO",
             "CACHETIER_TEST_DUMP_DIR": str(probe_dir or ""),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": PYTHONPATH,
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
         }
@@ -141,6 +143,15 @@ class Engine:
         return json.loads(line)
 
 
+def _connector_module() -> str | None:
+    """Return where vLLM finds the connector: None, through the entry point, where this project is installed."""
+    try:
+        importlib.metadata.distribution("cachetier")
+    except importlib.metadata.PackageNotFoundError:
+        return "cachetier_connector"
+    return None
+
+
 class Server:
     """`cachetier serve` in another process; may be stopped or killed, and started again on the same data."""
 
@@ -163,6 +174,7 @@ class Server:
                 stderr=log,
                 text=True,
                 cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": PYTHONPATH},
             )
         line = self.process.stdout.readline()
         assert line.startswith("cachetier ready"), (self.folder / "server.log").read_text()[-3000:]
@@ -191,7 +203,8 @@ class Server:
     def stats(self) -> dict:
         """Return what `cachetier stats --json` says."""
         command = [sys.executable, "-m", "cachetier.cli.main", "stats", "--socket", str(self.socket), "--json"]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+        environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment)
         assert done.returncode == 0, done.stderr + (self.folder / "server.log").read_text()[-3000:]
         return json.loads(done.stdout)
 

@@ -32,16 +32,17 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 class Bench:
     """The module's engine, which outlives the servers that the tests start at its socket."""
 
-    def __init__(self, folder: Path) -> None:
-        self.socket = folder / "server.sock"
-        self._log = folder / "engine.log"
+    def __init__(self, folder: Path, noise: float = NOISE_MIN, **arguments) -> None:
+        """Start nothing yet; `arguments` are vLLM's, `noise` is how far its answers to one prompt may differ."""
+        self.socket, self.noise = folder / "server.sock", noise
+        self._log, self._arguments = folder / "engine.log", arguments
         self._engine: Engine | None = None
 
     @property
     def engine(self) -> Engine:
         """The engine; a new one if a test has killed it."""
         if self._engine is None or self._engine.process.poll() is not None:
-            self._engine = Engine(self._log, {"server": f"unix:{self.socket}"})
+            self._engine = Engine(self._log, {"server": f"unix:{self.socket}"}, **self._arguments)
             self._engine.generate([{"id": "warm", "tokens": list(range(50, 90)), "params": WITHOUT_CACHE}])
         return self._engine
 
@@ -147,7 +148,7 @@ def assert_all_is_hit(bench: Bench, server: Server, prompt: dict, plain: dict) -
     before = server.peek()
     [answer] = ask(bench.engine, [prompt])
     assert answer["cached"] == loadable(prompt)
-    assert_same_answers([answer], [plain], NOISE_MIN)
+    assert_same_answers([answer], [plain], bench.noise)
     after = server.wait_for(lambda stats: stats["leases"] == 0)
     assert hit_tokens(after) - hit_tokens(before) == loadable(prompt)
     assert after["checksum_failures"] == before["checksum_failures"]
@@ -157,7 +158,7 @@ def ask_for_damaged(bench: Bench, server: Server, prompt: dict, plain: dict) -> 
     """A prompt of which a part may be damaged is answered rightly; return the stats then."""
     before = server.peek()
     [answer] = ask(bench.engine, [prompt])
-    assert_same_answers([answer], [plain], NOISE_MIN)
+    assert_same_answers([answer], [plain], bench.noise)
     after = server.wait_for(lambda stats: stats["leases"] == stats["chunks_pending"] == 0)
     is_whole = after["loads_failed"] == before["loads_failed"]
     assert (hit_tokens(after) - hit_tokens(before) == loadable(prompt)) == is_whole
@@ -179,6 +180,25 @@ def test_bits_flipped_in_memory_are_recomputed_and_counted_and_the_chunk_is_stor
             assert after["loads_failed"] == before["loads_failed"] + 1
             assert after["tokens"]["stored"] == before["tokens"]["stored"] + 64
             assert_all_is_hit(bench, server, prompt, plain)
+
+
+def test_bits_flipped_between_match_and_load_are_recomputed_and_counted(bench, tmp_path):
+    rng, prompt = random.Random(11), one_prompt(1000, seed=11)
+    server = bench.start_server(tmp_path)
+    with running(server):
+        plain = store(bench, server, prompt)
+        arena, before = SharedArena(server), server.peek()
+        frames = arena.ready_frames()
+        bench.engine.reset()
+        with arena.held(frames):
+            bench.engine.start("generate", prompts=[{**prompt, "id": "damaged"}])
+            wait_for_lease(server)
+            arena.flip_bit(rng, rng.choice(frames), "object")
+        assert_same_answers(bench.engine.finish(), [plain], bench.noise)
+        after = server.wait_for(lambda stats: stats["leases"] == stats["chunks_pending"] == 0)
+        assert after["checksum_failures"] == before["checksum_failures"] + 1
+        assert after["loads_failed"] == before["loads_failed"] + 1
+        assert_all_is_hit(bench, server, prompt, plain)
 
 
 def test_bits_flipped_on_disk_are_recomputed_and_counted_and_the_chunk_is_stored_again(bench, tmp_path):
