@@ -58,11 +58,20 @@ def as_text(stats: dict[str, Any]) -> str:
         *((f"{tier} used", _filled(stats["bytes"][tier])) for tier in ("host", "disk")),
         ("chunks", f"{stats['chunks']:,}  in memory {stats['chunks_host']:,}  durable {stats['chunks_durable']:,}"),
         ("leases", f"{stats['leases']:,} in {stats['sessions']:,} sessions"),
+        ("computed, not loaded", f"{stats['tokens_cut']:,} tokens of {stats['hits_cut']:,} hits: that was faster"),
+        ("speeds", _speeds(stats)),
         ("stores dropped", f"{stats['stores_dropped']:,}"),
         ("loads failed", f"{stats['loads_failed']:,}"),
         ("damaged chunks met", f"{stats['checksum_failures']:,}"),
     ]
-    return "\n".join(f"{name:<20}{value}" for name, value in rows)
+    return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+def _speeds(stats: dict[str, Any]) -> str:
+    """Return what breaking even depends on, as far as it was measured."""
+    tokens_per_s, disk = stats["tokens_per_s"], stats["disk_bytes_per_s"]
+    known = [f"{work} {tokens_per_s[work]:,.0f} tokens/s" for work in ("prefill", "load") if tokens_per_s[work]]
+    return "  ".join([*known, *([f"disk {format_bytes(int(disk))}/s"] if disk else [])]) or "not measured yet"
 
 
 def _share(part: int, whole: int) -> str:

@@ -113,6 +113,8 @@ class MatchReply(Message, frozen=True):
         frames: arena offsets of the objects, chunk by chunk in the order of its tiling.
         checksums: their checksums, in the same order.
         num_pending: how many chunks after the held ones are being stored now.
+        ready_in_s: for each TIER_DISK chunk, in how many seconds it should be in its frames, by what the disk gave
+            lately and what it was asked for before; empty while its speed is not known.
     """
 
     lease: int
@@ -124,6 +126,18 @@ class MatchReply(Message, frozen=True):
     frames: list[int]
     checksums: list[int]
     num_pending: int
+    ready_in_s: list[float] = []
+
+
+class Trim(Message, frozen=True):
+    """Say that only the first `num_chunks` chunks of a match's lease are still wanted: the rest is cheaper to compute.
+
+    What is not wanted any more is not read from disk. An unknown (expired) lease is ignored.
+    """
+
+    session: int
+    lease: int
+    num_chunks: int
 
 
 class LeaseUse(Message, frozen=True):
@@ -234,11 +248,15 @@ class Report(Message, frozen=True):
     Attributes:
         stores_dropped: chunks that were not stored because storing would have queued for too long.
         loads_failed: requests whose load failed or missed its deadline, and which were recomputed.
+        prefill_tokens_per_s: how fast the engine computes the prompts that it loads; 0: no news.
+        load_tokens_per_s: how fast it loads from host memory; 0: no news.
     """
 
     session: int
     stores_dropped: int = 0
     loads_failed: int = 0
+    prefill_tokens_per_s: float = 0.0
+    load_tokens_per_s: float = 0.0
 
 
 class Empty(Message, frozen=True):
@@ -249,6 +267,7 @@ REPLY_OF: dict[type[Message], type[Message]] = {
     OpenSession: OpenSessionReply,
     RegisterNamespace: RegisterNamespaceReply,
     Match: MatchReply,
+    Trim: Empty,
     Release: Empty,
     Renew: RenewReply,
     Reserve: ReserveReply,
@@ -261,6 +280,7 @@ PATH_OF: dict[type[Message], str] = {
     OpenSession: f"/v{API_VERSION}/session",
     RegisterNamespace: f"/v{API_VERSION}/namespace",
     Match: f"/v{API_VERSION}/match",
+    Trim: f"/v{API_VERSION}/trim",
     Release: f"/v{API_VERSION}/release",
     Renew: f"/v{API_VERSION}/renew",
     Reserve: f"/v{API_VERSION}/reserve",

@@ -29,6 +29,7 @@ from cachetier.core.messages import (
     Renew,
     Report,
     Reserve,
+    Trim,
     decode,
     encode,
 )
@@ -65,6 +66,7 @@ class Service:
             OpenSession: store.open_session,
             RegisterNamespace: store.register_namespace,
             Match: store.match,
+            Trim: store.trim,
             Release: store.release,
             Renew: store.renew,
             Reserve: store.reserve,

@@ -26,6 +26,7 @@ class Metric(NamedTuple):
     label: tuple[str, str] | None = None
 
 
+PREFILL, LOAD = ("work", "prefill"), ("work", "load")
 METRICS = (
     Metric("uptime_s", "cachetier_uptime_seconds", "Time since the store opened."),
     Metric("tokens.queried", "cachetier_tokens_queried_total", "Tokens in complete chunks of matched prompts."),
@@ -47,6 +48,11 @@ METRICS = (
     Metric("checksum_failures", "cachetier_checksum_failures_total", "Chunks that a reader found damaged."),
     Metric("stores_dropped", "cachetier_stores_dropped_total", "Chunks that were not stored for want of room or time."),
     Metric("loads_failed", "cachetier_loads_failed_total", "Requests recomputed after a failed load."),
+    Metric("hits_cut", "cachetier_hits_cut_total", "Hits of which a part was computed because that was faster."),
+    Metric("tokens_cut", "cachetier_tokens_cut_total", "Tokens held and yet computed because that was faster."),
+    Metric("tokens_per_s.prefill", "cachetier_engine_tokens_per_second", "As an engine measured it.", PREFILL),
+    Metric("tokens_per_s.load", "cachetier_engine_tokens_per_second", "As an engine measured it.", LOAD),
+    Metric("disk_bytes_per_s", "cachetier_disk_read_bytes_per_second", "How fast the disk gave chunks lately."),
     Metric("host_evicted", "cachetier_host_evicted_total", "Chunks evicted from the host tier."),
     Metric("promoted", "cachetier_promoted_total", "Chunks read from disk into host memory."),
     Metric("promotions_failed", "cachetier_promotions_failed_total", "Chunks whose reading failed."),

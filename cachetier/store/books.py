@@ -19,7 +19,7 @@ from cachetier.store.disk_pins import DiskPins
 from cachetier.store.host import HostTable
 from cachetier.store.leases import LeaseTable
 from cachetier.store.namespaces import NamespaceTable
-from cachetier.store.stats import Counters, HitTokens, Stats, TierBytes, TierSizes, TokenCounts
+from cachetier.store.stats import Counters, EngineSpeeds, HitTokens, Stats, TierBytes, TierSizes, TokenCounts
 
 SALT_LENGTH_MAX = 1024
 EXTRA_BYTES_MAX = 1024
@@ -40,6 +40,7 @@ class Books:
     disk_pins: DiskPins = field(default_factory=DiskPins)
     counters: Counters = field(default_factory=Counters)
     tokens: TokenCounts = field(default_factory=TokenCounts)
+    speeds: EngineSpeeds = field(default_factory=EngineSpeeds)
 
     def contents(self, tokens: bytes, extras: list[tuple[int, bytes]], salt: str) -> list[bytes]:
         """Return the contents of the complete chunks in a message.
@@ -61,7 +62,9 @@ class Books:
                 raise ProtocolError(f"extra of chunk {number} with {len(extra)} bytes; at most {EXTRA_BYTES_MAX}")
         return contents_of(tokens, self.chunk_tokens, by_number)
 
-    def snapshot(self, arena: Arena, *, instance: str, uptime_s: float, flush_backlog_bytes: int) -> Stats:
+    def snapshot(
+        self, arena: Arena, *, instance: str, uptime_s: float, flush_backlog_bytes: int, disk_bytes_per_s: float
+    ) -> Stats:
         """Return all counters and gauges as they are now (lock held)."""
         disk, table, tokens = self.disk, self.table, self.tokens
         num_durable = disk.num_chunks if disk else 0
@@ -81,6 +84,8 @@ class Books:
             sessions=self.leases.num_sessions,
             namespaces=len(self.namespaces),
             flush_backlog_bytes=flush_backlog_bytes,
+            disk_bytes_per_s=disk_bytes_per_s,
+            tokens_per_s=EngineSpeeds(self.speeds.prefill, self.speeds.load),
             host_evicted=table.num_evicted,
             disk=msgspec.structs.asdict(disk.counters) if disk else {},
             **msgspec.structs.asdict(self.counters),

@@ -29,11 +29,12 @@ class Tiling:
         shards: the parts, one a rank.
         object_bytes: size of each part's object.
         frame_bytes: size of each part's frame (object and page digests).
+        total_frame_bytes: their sum.
         frame_classes: what the arena rounds each of them up to.
         classes: the distinct ones among them, in order; chunks with equal `classes` compete for the same frames.
     """
 
-    __slots__ = ("classes", "frame_bytes", "frame_classes", "group", "object_bytes", "shards")
+    __slots__ = ("classes", "frame_bytes", "frame_classes", "group", "object_bytes", "shards", "total_frame_bytes")
 
     def __init__(
         self, layout: KVLayout, shards: tuple[Shard, ...], chunk_tokens: int, size_class: Callable[[int], int]
@@ -42,6 +43,7 @@ class Tiling:
         self.shards = shards
         self.object_bytes = tuple(layout.object_bytes(shard, chunk_tokens) for shard in shards)
         self.frame_bytes = tuple(frame_bytes(size) for size in self.object_bytes)
+        self.total_frame_bytes = sum(self.frame_bytes)
         self.frame_classes = tuple(size_class(size) for size in self.frame_bytes)
         self.classes = tuple(sorted(set(self.frame_classes)))
 
@@ -66,12 +68,13 @@ class HostChunk:
         age: number of its last entry into a queue; smaller is older.
         is_durable: whether the disk tier has it too.
         is_offered: whether it waits to be written there.
+        queued_until_bytes: while PROMOTING, how much the promoter had been asked to read in all, up to this chunk.
         previous, next: its neighbours in the list of its parent's children.
     """
 
     __slots__ = (
         "age", "checksums", "content", "engine", "frames", "hits", "is_durable", "is_offered", "key", "namespace",
-        "next", "parent", "pins", "position", "previous", "state", "tenant", "tiling",
+        "next", "parent", "pins", "position", "previous", "queued_until_bytes", "state", "tenant", "tiling",
     )  # fmt: skip
 
     def __init__(
@@ -103,5 +106,6 @@ class HostChunk:
         self.age = 0
         self.is_durable = False
         self.is_offered = False
+        self.queued_until_bytes = 0
         self.previous: HostChunk | None = None
         self.next: HostChunk | None = None

@@ -6,7 +6,7 @@ gives what was found frames and a place in the promoter's queue. Hashes find a c
 compared, along the whole chain, before it counts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cachetier.core.errors import ProtocolError
@@ -69,11 +69,21 @@ class Matcher:
 
     def release_read(self, lease: Lease) -> None:
         """Give back what an ended lease to read pinned (lock held); offer what is not on disk to the flusher again."""
+        self._unpin(lease.chunks)
+
+    def _unpin(self, chunks: Sequence[HostChunk]) -> None:
         unpin, flusher, ready = self._books.table.unpin, self._flusher, ChunkState.READY
-        for chunk in lease.chunks:
+        for chunk in chunks:
             if not chunk.is_durable and flusher is not None and chunk.state is ready:
                 flusher.offer(chunk)
             unpin(chunk)
+
+    def trim(self, lease: Lease, num_chunks: int) -> None:
+        """Give back all but the first chunks of a live lease to read (lock held), and count the rest as cut."""
+        cut, lease.chunks = lease.chunks[num_chunks:], lease.chunks[:num_chunks]
+        self._unpin(cut)
+        self._books.counters.hits_cut += bool(cut)
+        self._books.counters.tokens_cut += len(cut) * self._books.chunk_tokens
 
     def _leasing(self, message: Match, prompt: Prompt) -> MatchReply:
         books = self._books
@@ -224,7 +234,14 @@ class Matcher:
             frames=frames,
             checksums=checksums,
             num_pending=self._count_pending(prompt, len(held)),
+            ready_in_s=self._ready_in_s(prompt) if held else [],
         )
+
+    def _ready_in_s(self, prompt: Prompt) -> list[float]:
+        if self._promoter is None or TIER_DISK not in prompt.tiers:
+            return []
+        on_disk = (chunk for chunk, tier in zip(prompt.held, prompt.tiers, strict=True) if tier == TIER_DISK)
+        return self._promoter.ready_in_s(on_disk)
 
     def _asking(self, prompt: Prompt) -> MatchReply:
         """Say what is held without touching anything; no frames are named, for nothing keeps them."""

@@ -5,18 +5,21 @@ neighbouring chunks under the lock, reads them without it (the promoter's own pi
 again to make them READY. Engines do not wait for that: they watch the state byte of each frame.
 
 Bounds: every queued chunk has its frames, so the arena bounds the queue. When a chunk's turn comes and no lease wants
-it any more, it is skipped and its frames are freed.
+it any more, it is skipped and its frames are freed; but when nothing was read for a while it is read all the same: an
+engine that computes what a slow disk holds would otherwise never learn that the disk has become fast.
 """
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from cachetier.storage.disk import DiskTier
 from cachetier.store.books import Books
 from cachetier.store.chunk import ChunkState, HostChunk
 from cachetier.store.flush import Flusher, views
+from cachetier.store.read_speed import ReadSpeed
 
 BATCH_BYTES = 1 << 20  # a thread takes neighbours up to this size, so that small chunks cost few hand-overs
 
@@ -42,6 +45,8 @@ class Promoter:
         self._flusher = flusher
         self._view = view
         self._queue: deque[HostChunk] = deque()
+        self._speed = ReadSpeed(num_threads)
+        self._offered_bytes = self._passed_bytes = 0
         self._is_stopping = False
         self._threads = [
             threading.Thread(target=self._run, name=f"cachetier-promote-{number}", daemon=True)
@@ -56,8 +61,22 @@ class Promoter:
     def offer(self, chunk: HostChunk) -> None:
         """Queue a PROMOTING chunk that has all its frames (lock held), and take over the caller's pin on disk."""
         chunk.pins += 1
+        self._offered_bytes += chunk.tiling.total_frame_bytes
+        chunk.queued_until_bytes = self._offered_bytes
         self._queue.append(chunk)
         self._wake.notify()
+
+    def ready_in_s(self, chunks: Iterable[HostChunk]) -> list[float]:
+        """Return in how many seconds each chunk should be READY (lock held); nothing while that is unknown."""
+        speed = self.bytes_per_s
+        if not speed:
+            return []
+        return [max(0.0, (chunk.queued_until_bytes - self._passed_bytes) / speed) for chunk in chunks]
+
+    @property
+    def bytes_per_s(self) -> float:
+        """How fast the disk gives chunks (lock held), 0 while that is unknown."""
+        return self._speed.bytes_per_s(time.monotonic()) or 0.0
 
     def stop(self) -> None:
         """Skip what is queued and end the threads."""
@@ -84,14 +103,16 @@ class Promoter:
 
     def _take_batch(self) -> list[HostChunk]:
         batch: list[HostChunk] = []
-        size = 0
+        size, now = 0, time.monotonic()
+        is_speed_stale = self._speed.is_stale(now)
         while self._queue and size < BATCH_BYTES:
             chunk = self._queue.popleft()
-            if chunk.pins == 1 or chunk.state is not ChunkState.PROMOTING:
+            if chunk.state is not ChunkState.PROMOTING or (chunk.pins == 1 and not is_speed_stale):
                 self._skip(chunk)
             else:
                 batch.append(chunk)
-                size += sum(chunk.tiling.frame_bytes)
+                size += chunk.tiling.total_frame_bytes
+                self._speed.begin(chunk.tiling.total_frame_bytes, now)
         return batch
 
     def _read(self, chunk: HostChunk) -> bool:
@@ -102,6 +123,7 @@ class Promoter:
             return False
 
     def _finish(self, chunk: HostChunk, is_read: bool) -> None:
+        self._speed.end(chunk.tiling.total_frame_bytes, time.monotonic(), is_read=is_read)
         if chunk.state is not ChunkState.PROMOTING:  # invalidated while it was read
             self._skip(chunk)
             return
@@ -114,13 +136,16 @@ class Promoter:
             self._table.remove(chunk)
             self._flusher.forget(chunk.key)
             self._counters.promotions_failed += 1
-        self._pins.unpin(chunk.key)
-        self._table.unpin(chunk)
+        self._let_go(chunk)
 
     def _skip(self, chunk: HostChunk) -> None:
         self._counters.promotions_skipped += 1
         self._table.mark_bad(chunk)
         if chunk.state is ChunkState.PROMOTING:
             self._table.remove(chunk)
+        self._let_go(chunk)
+
+    def _let_go(self, chunk: HostChunk) -> None:
+        self._passed_bytes += chunk.tiling.total_frame_bytes
         self._pins.unpin(chunk.key)
         self._table.unpin(chunk)

@@ -41,6 +41,18 @@ class TierSizes(msgspec.Struct):
     disk: TierBytes = msgspec.field(default_factory=TierBytes)
 
 
+class EngineSpeeds(msgspec.Struct):
+    """Tokens a second, as the engine that told last has measured it; 0 while none has.
+
+    Attributes:
+        prefill: computing a prompt, of the length that it last had to decide about.
+        load: loading from host memory.
+    """
+
+    prefill: float = 0.0
+    load: float = 0.0
+
+
 class Counters(msgspec.Struct):
     """Counters that only grow; owned by the store, guarded by its lock.
 
@@ -48,6 +60,8 @@ class Counters(msgspec.Struct):
         checksum_failures: chunks that a reader reported as damaged.
         stores_dropped: chunks that were not stored: no room, quota used up, or given up by the engine.
         loads_failed: requests that engines recomputed after a failed load.
+        hits_cut: hits of which engines computed a part, or all, because that was faster than loading it.
+        tokens_cut: tokens of these parts.
         promoted: chunks read from disk into the arena.
         promotions_failed: chunks whose reading failed.
         promotions_skipped: chunks that nobody leased any more when their turn came.
@@ -60,6 +74,8 @@ class Counters(msgspec.Struct):
     checksum_failures: int = 0
     stores_dropped: int = 0
     loads_failed: int = 0
+    hits_cut: int = 0
+    tokens_cut: int = 0
     promoted: int = 0
     promotions_failed: int = 0
     promotions_skipped: int = 0
@@ -85,6 +101,8 @@ class Stats(msgspec.Struct):
         sessions: open sessions.
         namespaces: known models.
         flush_backlog_bytes: bytes waiting to be written.
+        disk_bytes_per_s: how fast the disk gave chunks lately; 0 while nothing was read.
+        tokens_per_s: how fast engines compute and load.
         host_evicted: chunks that left the host tier to make room.
         checksum_failures: see `Counters`, like all that follow.
         disk: counters of the disk tier (write_errors, read_errors, dropped, carried, reclaimed_segments).
@@ -102,9 +120,13 @@ class Stats(msgspec.Struct):
     sessions: int
     namespaces: int
     flush_backlog_bytes: int
+    disk_bytes_per_s: float
+    tokens_per_s: EngineSpeeds
     checksum_failures: int
     stores_dropped: int
     loads_failed: int
+    hits_cut: int
+    tokens_cut: int
     host_evicted: int
     promoted: int
     promotions_failed: int

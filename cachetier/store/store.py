@@ -32,6 +32,7 @@ from cachetier.core.messages import (
     Report,
     Reserve,
     ReserveReply,
+    Trim,
 )
 from cachetier.storage.arena import Arena
 from cachetier.storage.data_dir import DataDir
@@ -163,6 +164,18 @@ class Store:
         """
         return self._matcher.match(message)
 
+    def trim(self, message: Trim) -> Empty:
+        """Shorten a lease to read, and count what was cut; 400 for a lease to fill."""
+        books = self._books
+        with books.lock:
+            session = books.leases.session(message.session, self._clock())
+            lease = books.leases.get(session, message.lease)
+            if lease is not None:
+                if lease.shard is not None or message.num_chunks < 0:
+                    raise ProtocolError("only a lease to read can be cut, and to no less than 0 chunks")
+                self._matcher.trim(lease, message.num_chunks)
+        return Empty()
+
     def release(self, message: Release) -> Empty:
         """End leases and count what they were good for; a lease to fill that is released drops its chunks."""
         books = self._books
@@ -225,6 +238,8 @@ class Store:
             self._books.leases.session(message.session, self._clock())
             self._books.counters.stores_dropped += max(message.stores_dropped, 0)
             self._books.counters.loads_failed += max(message.loads_failed, 0)
+            self._books.speeds.prefill = message.prefill_tokens_per_s or self._books.speeds.prefill
+            self._books.speeds.load = message.load_tokens_per_s or self._books.speeds.load
         return Empty()
 
     def stats(self) -> Stats:
@@ -236,6 +251,7 @@ class Store:
                 instance=self.instance,
                 uptime_s=self._clock() - self._opened_at,
                 flush_backlog_bytes=backlog,
+                disk_bytes_per_s=self._promoter.bytes_per_s if self._promoter else 0.0,
             )
 
     def expire(self) -> None:

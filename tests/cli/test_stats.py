@@ -57,7 +57,8 @@ def test_text_tells_the_hit_rate(server: RunningServer, capsys: pytest.CaptureFi
 def test_text_of_a_server_without_disk_and_without_queries() -> None:
     tier = {"used": 0, "limit": 0}
     counts = dict.fromkeys(("chunks", "chunks_host", "chunks_durable", "leases", "sessions"), 0)
-    counts |= dict.fromkeys(("stores_dropped", "loads_failed", "checksum_failures"), 0)
+    counts |= dict.fromkeys(("stores_dropped", "loads_failed", "checksum_failures", "hits_cut", "tokens_cut"), 0)
+    counts |= {"tokens_per_s": {"prefill": 0, "load": 0}, "disk_bytes_per_s": 0}
     tokens = {"queried": 0, "stored": 0, "hit": {"host": 0, "disk": 0}}
     assert "off" in as_text({"tokens": tokens, "bytes": {"host": tier, "disk": tier}, **counts})
 

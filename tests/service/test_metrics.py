@@ -33,7 +33,7 @@ def test_every_number_of_the_statistics_is_in_the_table() -> None:
 
 def test_names_are_prefixed_and_no_label_comes_from_a_request() -> None:
     assert all(metric.name.startswith("cachetier_") and metric.help.endswith(".") for metric in METRICS)
-    assert {metric.label[0] for metric in METRICS if metric.label} == {"tier"}
+    assert {metric.label[0] for metric in METRICS if metric.label} == {"tier", "work"}
 
 
 def test_metrics_agree_with_statistics(tmp_path: Path) -> None:
