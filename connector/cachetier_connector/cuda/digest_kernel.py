@@ -2,7 +2,8 @@
 
 A page's four accumulators are neighbouring lanes, so the lanes of a page read one 32-byte stripe at a time, a whole
 sector of memory. The stripes of a page follow one another; pages are independent. Nothing is compiled before the first
-launch.
+launch. Triton functions that are written in Triton themselves (`tl.sum`, `tl.zeros`) are avoided: they could only be
+interpreted where Triton was imported for it, and vLLM imports it earlier than a test can ask.
 """
 
 import triton
@@ -27,6 +28,12 @@ def rotated(value, count: tl.constexpr):
 
 
 @triton.jit
+def added(one, other):
+    """Return the sum, for reductions."""
+    return one + other
+
+
+@triton.jit
 def mixed(accumulator, word):
     """Return the accumulator after one round of XXH64."""
     prime_1 = tl.full((1,), PRIME_1, tl.uint64)
@@ -48,7 +55,7 @@ def digest_kernel(sources, page_bytes, digests, num_pages, pages_a_program: tl.c
 
     prime_1 = tl.full((1, 1), PRIME_1, tl.uint64)
     prime_2 = tl.full((1, 1), PRIME_2, tl.uint64)
-    zero = tl.zeros((pages_a_program, 4), tl.uint64)
+    zero = tl.full((pages_a_program, 4), 0, tl.uint64)
     accumulators = zero + tl.where(lane == 0, prime_1, zero) - tl.where(lane == 3, prime_1, zero)
     accumulators += tl.where(lane < 2, prime_2, zero)
     for first in range(0, PAGE_STRIPES, STRIPES_AT_ONCE):
@@ -68,14 +75,14 @@ def finished(accumulators, lane, length):
     prime_2 = tl.full((1,), PRIME_2, tl.uint64)
     prime_3 = tl.full((1,), PRIME_3, tl.uint64)
     prime_4 = tl.full((1,), PRIME_4, tl.uint64)
-    zero = tl.zeros_like(accumulators)
+    zero = tl.full(accumulators.shape, 0, tl.uint64)
     turned = tl.where(lane == 0, rotated(accumulators, 1), rotated(accumulators, 7))
     turned = tl.where(lane == 2, rotated(accumulators, 12), turned)
     turned = tl.where(lane == 3, rotated(accumulators, 18), turned)
-    digest = tl.sum(turned, axis=1)
+    digest = tl.reduce(turned, 1, added)
     single = mixed(zero, accumulators)
     for number in tl.static_range(4):
-        digest ^= tl.sum(tl.where(lane == number, single, zero), axis=1)
+        digest ^= tl.reduce(tl.where(lane == number, single, zero), 1, added)
         digest = digest * prime_1 + prime_4
     digest += length.to(tl.uint64)
     digest = (digest ^ (digest >> 33)) * prime_2

@@ -83,11 +83,12 @@ def digest_pages(sources: torch.Tensor, page_bytes: torch.Tensor, digests: torch
         sources: int64 `[num_chunks]` on the device: the address of each chunk's staged bytes.
         page_bytes: int32 `[pages]` on the device: the length of each page, the same for all chunks; multiples of 32
             from 32 to 4096. Page `p` starts at `sources[c] + p * 4096` also after a shorter one.
-        digests: int64 `[num_chunks, pages]` on the device, contiguous: where the digests go (their bits).
+        digests: int64 `[num_chunks, pages]`, contiguous, on the device or in pinned memory: where the digests go
+            (their bits).
     """
     num_chunks, num_pages = digests.shape
     grid = (-(-num_pages // PAGES_A_PROGRAM), num_chunks, 1)
-    _digest_launch(digests.device)(grid, sources, page_bytes, digests, num_pages)
+    _digest_launch(sources.device)(grid, sources, page_bytes, digests, num_pages)
 
 
 def _tile_units(layers: PagedLayers, chunk_tokens: int) -> int:

@@ -8,6 +8,8 @@ exactly one compiled form: the first call returns it, the others go straight to 
 import threading
 from typing import Any
 
+import triton
+
 # Triton's interpreter patches `triton.language` and keeps the program's number in globals: one thread at a time.
 _interpreter = threading.Lock()
 
@@ -24,7 +26,7 @@ class Launch:
         """Enqueue the kernel on the current device's current stream."""
         if self._compiled is not None:
             self._compiled[grid](*args, *self._constants)
-        elif hasattr(self._kernel, "device_caches"):
+        elif isinstance(self._kernel, triton.JITFunction):
             self._compiled = self._kernel[grid](*args, *self._constants, num_warps=self._num_warps)
         else:
             with _interpreter:

@@ -1,0 +1,212 @@
+"""The copy engine of CUDA devices: every byte through staging memory, in copies as large as the bus likes them.
+
+Three lanes, each with its own slots, streams and a third of the staging memory: one for each load thread, so that a
+load from disk does not hold up one from memory, and one for stores. Kernels of loads go before those of the engine,
+since a request waits for them; kernels of stores take their turn behind.
+
+A CUDA error that sticks ends caching in this worker: the engine then has the same error, and the log should say so
+once and not with every request.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from cachetier.client import ArenaView
+from cachetier.core.errors import CachetierError, ConfigError
+from cachetier.core.layout import PAGE_BYTES, KVLayout, Shard
+from cachetier_connector.copy_base import CopyEngine
+from cachetier_connector.cuda.device import CudaDevice, Device
+from cachetier_connector.cuda.device_plan import DevicePlans
+from cachetier_connector.cuda.kernels import digest_pages, gather, scatter
+from cachetier_connector.cuda.registration import Registration
+from cachetier_connector.cuda.staged_load import StagedLoad
+from cachetier_connector.cuda.staged_store import Snapshot, StagedStore
+from cachetier_connector.cuda.staging import NUM_SLOTS, Lane
+from cachetier_connector.plan import LoadOp
+
+NUM_LOAD_LANES = 2  # as many as there are load threads
+USUAL_CHUNK_TOKENS = 64  # what is compiled at start-up; another chunk size is compiled when it first comes
+
+log = logging.getLogger(__name__)
+
+
+class StagedCopyEngine(CopyEngine):
+    """The copy engine of a `Device`."""
+
+    def __init__(
+        self,
+        device: Device,
+        caches: Sequence[torch.Tensor],
+        layout: KVLayout,
+        shard: Shard,
+        *,
+        staging_bytes: int,
+        warm_up_tokens: int = USUAL_CHUNK_TOKENS,
+    ) -> None:
+        """Serve the paged blocks of one rank; takes all the device memory it will need and compiles its kernels.
+
+        Args:
+            device: that the caches lie on; the calling thread is bound to it.
+            caches: of each of the rank's layers in order, `[blocks, heads, block_tokens, row]`, without heads for MLA.
+            layout: of the model's KV cache group.
+            shard: what of it this rank holds.
+            staging_bytes: device memory for staging.
+            warm_up_tokens: tokens of the chunks that kernels are compiled for.
+
+        Raises:
+            ConfigError: the caches have another form, or a chunk cannot be staged in so little memory.
+        """
+        _check_form(caches, layout, shard)
+        device.bind_thread()
+        self._device, self._layout, self._shard = device, layout, shard
+        self._block_tokens = int(caches[0].shape[-2])
+        share = staging_bytes // (NUM_LOAD_LANES + 1) // (NUM_SLOTS * PAGE_BYTES) * (NUM_SLOTS * PAGE_BYTES)
+        memory = device.empty(share * (NUM_LOAD_LANES + 1))
+        self._load_lanes = [
+            Lane(device, memory[number * share : (number + 1) * share], is_urgent=True)
+            for number in range(NUM_LOAD_LANES)
+        ]
+        self._store_lane = Lane(device, memory[NUM_LOAD_LANES * share :], is_urgent=False)
+        now = device.mark()  # the caches may still be written, and memory that torch gave may still be read
+        for lane in (*self._load_lanes, self._store_lane):
+            lane.copies.wait_event(now)
+            lane.kernels.wait_event(now)
+        self._plans = DevicePlans(device, caches, layout, shard, self._store_lane.slot_bytes)
+        self._lock = threading.Lock()
+        self._registrations: list[Registration] = []
+        self._is_broken = False
+        self._warm_up(warm_up_tokens, int(caches[0].shape[0]))
+
+    @property
+    def block_tokens(self) -> int:
+        return self._block_tokens
+
+    @property
+    def keeps_blocks(self) -> bool:
+        return True
+
+    def shard_bytes(self, chunk_tokens: int) -> int:
+        return self._layout.object_bytes(self._shard, chunk_tokens)
+
+    def use_arena(self, arena: ArenaView) -> None:
+        with self._lock:
+            self._registrations = [each for each in self._registrations if each.is_alive]
+            self._registrations.append(Registration(self._device, arena))
+
+    def snapshot(self, block_ids: Sequence[int], first_token: int, num_chunks: int, chunk_tokens: int) -> Snapshot:
+        return Snapshot(self._device.mark(), block_ids, first_token, num_chunks, chunk_tokens)
+
+    def fill(
+        self,
+        snapshot: Snapshot,
+        numbers: Sequence[int],
+        arena: ArenaView,
+        frames: Sequence[int],
+        is_wanted: Callable[[], bool],
+    ) -> list[int | None]:
+        if self._is_broken or not numbers:
+            return [None] * len(numbers)
+        self._device.bind_thread()
+        try:
+            plans = self._plans.get([self._shard], snapshot.chunk_tokens)
+            return StagedStore(self._device, self._store_lane, plans, snapshot, arena).fill(numbers, frames, is_wanted)
+        except Exception as error:
+            self._note(self._store_lane, error)
+            raise
+
+    def fence(self) -> Any:
+        return self._device.mark()
+
+    def open_load(self, arena: ArenaView, load: LoadOp, fence: Any) -> StagedLoad:
+        if self._is_broken:
+            raise CachetierError("the device has failed; nothing is loaded any more")
+        self._device.bind_thread()
+        with self._lock:
+            lane = min(self._load_lanes, key=lambda each: each.num_users)
+            lane.num_users += 1
+
+        def end(error: BaseException | None) -> None:
+            with self._lock:
+                lane.num_users -= 1
+            if error is not None:
+                self._note(lane, error)
+
+        try:
+            return StagedLoad(
+                self._device,
+                lane,
+                arena,
+                load,
+                fence,
+                lambda tiling: self._plans.get(load.tilings[tiling], load.chunk_tokens),
+                end,
+            )
+        except BaseException as error:
+            end(error)
+            raise
+
+    def stop(self) -> None:
+        self._device.bind_thread()
+        try:
+            for lane in (*self._load_lanes, self._store_lane):
+                lane.drain()
+        except Exception as error:
+            self._note(self._store_lane, error)
+        with self._lock:
+            for registration in self._registrations:
+                registration.end()
+            self._registrations = []
+            self._load_lanes = []  # and with the lanes their memory
+            del self._store_lane, self._plans
+
+    def _note(self, lane: Lane, error: BaseException) -> None:
+        """Find out whether the device still works after `error`; if not, give up caching."""
+        try:
+            lane.drain()
+        except Exception:
+            if not self._is_broken:
+                self._is_broken = True
+                log.error("cachetier: the device has failed (%s); nothing is loaded or stored any more", error)
+
+    def _warm_up(self, chunk_tokens: int, num_blocks: int) -> None:
+        """Compile the kernels on the real shapes: copies a chunk out of the first blocks and back to where it was."""
+        count = -(-chunk_tokens // self._block_tokens)
+        if count > num_blocks:
+            return
+        lane = self._store_lane
+        blocks = self._device.upload(range(count), lane.kernels)
+        for each in self._plans.get([self._shard], chunk_tokens):
+            with lane.lock:
+                use = lane.begin()
+                staged = lane.addresses(use, each.plan.stage_bytes)[:1]
+                digests = use.digests(1, len(each.page_bytes))
+
+                def work() -> None:
+                    gather(each.layers, blocks, 0, 1, chunk_tokens, staged)  # noqa: B023
+                    digest_pages(staged, each.page_bytes, digests)  # noqa: B023
+                    scatter(each.layers, blocks, 0, chunk_tokens, 0, chunk_tokens, staged, each.unit_offsets)  # noqa: B023
+
+                self._device.launch(lane.kernels, work)
+                lane.end(use, lane.kernels, lambda _: None)
+                lane.settle_oldest()
+
+
+class CudaCopyEngine(StagedCopyEngine):
+    """The copy engine of the CUDA device that `caches` lie on."""
+
+    def __init__(self, caches: Sequence[torch.Tensor], layout: KVLayout, shard: Shard, *, staging_bytes: int) -> None:
+        """See `StagedCopyEngine`."""
+        super().__init__(CudaDevice(caches[0].device), caches, layout, shard, staging_bytes=staging_bytes)
+
+
+def _check_form(caches: Sequence[torch.Tensor], layout: KVLayout, shard: Shard) -> None:
+    first = caches[0]
+    heads = int(first.shape[1]) if first.dim() == 4 else 1
+    found = (len(caches), heads, int(first.shape[-1]) * first.element_size())
+    expected = (shard.layer_end - shard.layer_start, shard.head_end - shard.head_start, layout.row_bytes)
+    if found != expected:
+        raise ConfigError(f"KV caches have (layers, heads, bytes a row) {found}, and the model says {expected}")

@@ -1,0 +1,124 @@
+"""A store through staging memory: paged blocks to slots, digests, slots to frames, each behind the other.
+
+While one slot is copied to the arena, the other is gathered. Digests reach the host on their own way, so the checksum
+vouches for what was gathered, whatever becomes of the bytes in the arena; the host writes them into the frame.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from cachetier.client import ArenaView
+from cachetier.core.checksum import checksum_of
+from cachetier.core.layout import DIGEST_BYTES, digests_offset
+from cachetier_connector.cuda.device import Device
+from cachetier_connector.cuda.device_plan import DevicePlan
+from cachetier_connector.cuda.kernels import digest_pages, gather
+from cachetier_connector.cuda.stage_plan import ArenaMemory
+from cachetier_connector.cuda.staging import Lane
+from cachetier_connector.cuda.transfers import plan_transfers
+
+
+class Snapshot(NamedTuple):
+    """Consecutive chunks that stand in paged blocks once `event` has passed."""
+
+    event: Any
+    block_ids: Sequence[int]
+    first_token: int
+    num_chunks: int
+    chunk_tokens: int
+
+
+class _Chunk(NamedTuple):
+    """A chunk to be filled: its number in the snapshot, its frame, and the digests that have arrived so far."""
+
+    number: int
+    frame: int
+    digests: bytearray
+
+
+class StagedStore:
+    """One `fill` on the store lane."""
+
+    def __init__(
+        self, device: Device, lane: Lane, plans: Sequence[DevicePlan], snapshot: Snapshot, arena: ArenaView
+    ) -> None:
+        """Prepare; `plans` are those of the rank's own shard as the only object."""
+        self._device, self._lane, self._plans, self._snapshot, self._arena = device, lane, plans, snapshot, arena
+        self._memory = ArenaMemory.of(arena)
+        self._checksums: dict[int, int] = {}
+
+    def fill(self, numbers: Sequence[int], frames: Sequence[int], is_wanted: Callable[[], bool]) -> list[int | None]:
+        """Do what `CopyEngine.fill` says."""
+        chunks = [_Chunk(number, frame, bytearray()) for number, frame in zip(numbers, frames, strict=True)]
+        at_once = min(self._lane.slot_bytes // each.plan.stage_bytes for each in self._plans)
+        with self._lane.lock:
+            try:
+                # First what needs no waiting: the copy must not stand between the step's end and the gathering.
+                blocks = self._device.upload(self._snapshot.block_ids, self._lane.kernels)
+                self._lane.kernels.wait_event(self._snapshot.event)
+                for batch in _batches(chunks, at_once):
+                    if not is_wanted():
+                        break
+                    for each in self._plans:
+                        self._stage(each, batch, blocks)
+                while self._lane.settle_oldest():
+                    pass
+            except BaseException:
+                try:
+                    self._lane.drain()
+                finally:
+                    self._lane.discard()
+                raise
+        return [self._checksums.get(number) for number in numbers]
+
+    def _stage(self, each: DevicePlan, batch: Sequence[_Chunk], blocks: torch.Tensor) -> None:
+        """Enqueue all that one slot's content takes."""
+        lane, plan = self._lane, each.plan
+        use = lane.begin()
+        targets = lane.addresses(use, plan.stage_bytes)[: len(batch)]
+        digests = use.digests(len(batch), len(each.page_bytes))
+        first_token = self._snapshot.first_token + batch[0].number * self._snapshot.chunk_tokens
+        first_block, slot = divmod(first_token, each.layers.block_tokens)
+
+        def work() -> None:
+            gather(each.layers, blocks[first_block:], slot, len(batch), self._snapshot.chunk_tokens, targets)
+            digest_pages(targets, each.page_bytes, digests)
+
+        if use.before is not None:
+            lane.kernels.wait_event(use.before)
+        self._device.launch(lane.kernels, work)
+        use.middle.record(lane.kernels)
+        lane.copies.wait_event(use.middle)
+        copies = (
+            copy
+            for number, chunk in enumerate(batch)
+            for copy in plan.copies([chunk.frame], self._memory, use.address + number * plan.stage_bytes)
+        )
+        for transfer in plan_transfers(copies, self._memory.address):
+            self._device.copy_out(transfer, lane.copies)
+        is_last = each is self._plans[-1]
+        lane.end(use, lane.copies, lambda computed: self._take(each, batch, computed, is_last))
+
+    def _take(self, each: DevicePlan, batch: Sequence[_Chunk], computed: memoryview, is_last: bool) -> None:
+        """Collect the digests of one part of `batch`; with the last part's, the chunks are complete."""
+        row_bytes = len(each.plan.page_bytes) * DIGEST_BYTES
+        for index, chunk in enumerate(batch):
+            chunk.digests.extend(computed[index * row_bytes : (index + 1) * row_bytes])
+            if is_last:
+                start = chunk.frame + digests_offset(each.plan.object_bytes[0])
+                self._arena.frame(start, len(chunk.digests))[:] = chunk.digests
+                self._checksums[chunk.number] = checksum_of(bytes(chunk.digests))
+
+
+def _batches(chunks: Sequence[_Chunk], at_once: int) -> Iterator[list[_Chunk]]:
+    """Yield runs of at most `at_once` chunks with consecutive numbers."""
+    batch: list[_Chunk] = []
+    for chunk in chunks:
+        if batch and (len(batch) == at_once or chunk.number != batch[-1].number + 1):
+            yield batch
+            batch = []
+        batch.append(chunk)
+    if batch:
+        yield batch
