@@ -12,6 +12,8 @@ from cachetier.core.units import format_bytes
 
 TIMEOUT_S = 5.0
 WATCH_S = 1.0
+TIERS = ("gpu", "host", "disk")
+CHUNKS = (("in device memory", "chunks_gpu"), ("in memory", "chunks_host"), ("durable", "chunks_durable"))
 CLEAR_SCREEN = "\033[H\033[2J"
 
 
@@ -50,13 +52,13 @@ def as_text(stats: dict[str, Any]) -> str:
     """Return the statistics for people."""
     tokens = stats["tokens"]
     queried = tokens["queried"]
-    hits = "  ".join(f"{tier} {_share(tokens['hit'][tier], queried)}" for tier in ("host", "disk"))
+    hits = "  ".join(f"{tier} {_share(tokens['hit'][tier], queried)}" for tier in TIERS)
     rows = [
         ("tokens asked for", f"{queried:,}"),
         ("of these loaded", hits),
         ("tokens stored", f"{tokens['stored']:,}"),
-        *((f"{tier} used", _filled(stats["bytes"][tier])) for tier in ("host", "disk")),
-        ("chunks", f"{stats['chunks']:,}  in memory {stats['chunks_host']:,}  durable {stats['chunks_durable']:,}"),
+        *((f"{tier} used", _filled(stats["bytes"][tier])) for tier in TIERS),
+        ("chunks", f"{stats['chunks']:,}  " + "  ".join(f"{name} {stats[key]:,}" for name, key in CHUNKS)),
         ("leases", f"{stats['leases']:,} in {stats['sessions']:,} sessions"),
         ("computed, not loaded", f"{stats['tokens_cut']:,} tokens of {stats['hits_cut']:,} hits: that was faster"),
         ("speeds", _speeds(stats)),

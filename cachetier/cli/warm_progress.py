@@ -23,8 +23,14 @@ REASONS_SHOWN = 10
 class HitTokens(msgspec.Struct, frozen=True):
     """Tokens loaded, by tier."""
 
+    gpu: int = 0
     host: int = 0
     disk: int = 0
+
+    @property
+    def total(self) -> int:
+        """Of all tiers."""
+        return self.gpu + self.host + self.disk
 
 
 class Tokens(msgspec.Struct, frozen=True):
@@ -35,12 +41,16 @@ class Tokens(msgspec.Struct, frozen=True):
 
     def plus(self, other: "Tokens", sign: int = 1) -> "Tokens":
         """Return the sum, or with `sign` -1 the difference."""
-        hit = HitTokens(self.hit.host + sign * other.hit.host, self.hit.disk + sign * other.hit.disk)
+        hit = HitTokens(
+            self.hit.gpu + sign * other.hit.gpu,
+            self.hit.host + sign * other.hit.host,
+            self.hit.disk + sign * other.hit.disk,
+        )
         return Tokens(self.stored + sign * other.stored, hit)
 
-    def as_tuple(self) -> tuple[int, int, int]:
-        """Return stored, hit in host memory, hit on disk."""
-        return self.stored, self.hit.host, self.hit.disk
+    def as_tuple(self) -> tuple[int, int, int, int]:
+        """Return stored, hit in device memory, hit in host memory, hit on disk."""
+        return self.stored, self.hit.gpu, self.hit.host, self.hit.disk
 
 
 class _Stats(msgspec.Struct, frozen=True):
@@ -146,8 +156,9 @@ class Progress:
         lines = [f"sent {tally.num_sent} prompts, {tally.num_tokens} tokens, in {seconds:.1f} s ({rate:.0f} tokens/s)"]
         if self._tier:
             gained = self._tier.gained
-            hits = f"{gained.hit.host} from host memory, {gained.hit.disk} from disk"
-            lines.append(f"tier stored {gained.stored} tokens; hit {gained.hit.host + gained.hit.disk}: {hits}")
+            hit = gained.hit
+            hits = f"{hit.gpu} from device memory, {hit.host} from host memory, {hit.disk} from disk"
+            lines.append(f"tier stored {gained.stored} tokens; hit {hit.total}: {hits}")
         skipped = {
             "sent by an earlier run or twice in the input": tally.num_resumed,
             "longer than the model's context": tally.num_too_long,
@@ -162,7 +173,7 @@ class Progress:
         figures = {"tokens": _short(tally.num_tokens)}
         if self._tier:
             hit = self._tier.gained.hit
-            figures |= {"stored": _short(self._tier.gained.stored), "hit": _short(hit.host + hit.disk)}
+            figures |= {"stored": _short(self._tier.gained.stored), "hit": _short(hit.total)}
         num_skipped = tally.num_resumed + tally.num_too_long + tally.num_empty
         figures |= {"skipped": str(num_skipped)} if num_skipped else {}
         return figures | ({"failed": str(tally.num_failed)} if tally.num_failed else {})

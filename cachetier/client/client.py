@@ -6,6 +6,7 @@ import msgspec
 
 from cachetier.client.connection import Connection, Reply, request_bytes
 from cachetier.core.errors import ProtocolError, UnavailableError
+from cachetier.core.message_base import Message
 from cachetier.core.messages import (
     PATH_OF,
     REPLY_OF,
@@ -15,7 +16,6 @@ from cachetier.core.messages import (
     Invalidate,
     Match,
     MatchReply,
-    Message,
     OpenSession,
     OpenSessionReply,
     RegisterNamespace,
@@ -29,6 +29,7 @@ from cachetier.core.messages import (
     decode,
     encode,
 )
+from cachetier.core.pool_messages import CheckPools, CheckPoolsReply, CommitPool, OfferPool
 
 # Sent again these would count twice or end a lease twice; a repeated match or reserve costs a lease that expires.
 NOT_IDEMPOTENT = frozenset({Commit, Report})
@@ -61,7 +62,9 @@ class Client:
     @overload
     def call(self, message: Commit, timeout_s: float) -> CommitReply: ...
     @overload
-    def call(self, message: Release | Invalidate | Report, timeout_s: float) -> Empty: ...
+    def call(self, message: CheckPools, timeout_s: float) -> CheckPoolsReply: ...
+    @overload
+    def call(self, message: Release | Invalidate | Report | OfferPool | CommitPool, timeout_s: float) -> Empty: ...
     @overload
     def call(self, message: Message, timeout_s: float) -> Message: ...
     def call(self, message: Message, timeout_s: float) -> Message:

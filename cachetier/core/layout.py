@@ -127,6 +127,11 @@ def digests_offset(object_bytes: int) -> int:
     return round_up(object_bytes, PAGE_BYTES)
 
 
+def pool_frame_bytes(object_bytes: int) -> int:
+    """Return the size of a frame of a pool in device memory, which holds an object and no digests."""
+    return round_up(object_bytes, PAGE_BYTES)
+
+
 def frame_bytes(object_bytes: int) -> int:
     """Return the size of the frame that holds an object and the digests of its pages."""
     return digests_offset(object_bytes) + round_up(num_pages(object_bytes) * DIGEST_BYTES, PAGE_BYTES)

@@ -12,6 +12,8 @@ import msgspec
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout, Shard
+from cachetier.core.message_base import Message
+from cachetier.core.pool_messages import CheckPools, CheckPoolsReply, CommitPool, OfferPool, Pool
 
 API_VERSION = 1
 MAX_CHUNKS = 1 << 16
@@ -20,16 +22,13 @@ MAX_BODY_BYTES = 64 << 20
 # Where a chunk of a match lies, one byte a chunk in `MatchReply.tiers`.
 TIER_HOST = 1
 TIER_DISK = 2
+TIER_GPU = 3  # in host memory too
 
 # What became of a chunk of a reserve, one byte a chunk in `ReserveReply.outcomes`.
 RESERVE_FILL = 0  # a frame is yours: fill it, then commit
 RESERVE_PRESENT = 1  # already held
 RESERVE_PENDING = 2  # another engine is storing it
 RESERVE_DROPPED = 3  # no room: everything is leased, or the tenant's quota is used up
-
-
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all messages."""
 
 
 class OpenSession(Message, frozen=True):
@@ -90,6 +89,7 @@ class Match(Message, frozen=True):
         extras: (chunk number, digest of the multimodal inputs in it) for chunks that have any.
         salt: vLLM's cache_salt, or empty.
         lease: False only asks: nothing is leased, promoted or counted.
+        reads_pools: whether the engine can use copies in device memory; else none is named or ordered.
     """
 
     session: int
@@ -98,6 +98,7 @@ class Match(Message, frozen=True):
     salt: str = ""
     extras: list[tuple[int, bytes]] = []
     lease: bool = True
+    reads_pools: bool = False
 
 
 class MatchReply(Message, frozen=True):
@@ -107,7 +108,7 @@ class MatchReply(Message, frozen=True):
         lease: id of the lease, 0 when nothing is held.
         num_chunks: leading chunks held completely.
         keys: chain keys of all complete chunks of the prompt, held or not.
-        tiers: one byte a held chunk, TIER_HOST or TIER_DISK.
+        tiers: one byte a held chunk, TIER_GPU, TIER_HOST or TIER_DISK.
         tilings: the distinct ways in which the held chunks are cut into objects.
         tiling_of: one byte a held chunk, an index into `tilings`.
         frames: arena offsets of the objects, chunk by chunk in the order of its tiling.
@@ -115,6 +116,11 @@ class MatchReply(Message, frozen=True):
         num_pending: how many chunks after the held ones are being stored now.
         ready_in_s: for each TIER_DISK chunk, in how many seconds it should be in its frames, by what the disk gave
             lately and what it was asked for before; empty while its speed is not known.
+        pools: pools that hold copies of some of the chunks.
+        pool_of: one byte a held chunk, or empty where all would be POOL_NONE: the number of the pool in `pools`, from
+            1 on, that has a copy of it; POOL_FILL: its objects are to be copied to the asking engine's own pool.
+        pool_frames: the copy's frame number, for every held chunk (0 where there is none); empty if `pool_of` is.
+        fill: what the commits of the copies with POOL_FILL name, 0 when there are none.
     """
 
     lease: int
@@ -127,6 +133,10 @@ class MatchReply(Message, frozen=True):
     checksums: list[int]
     num_pending: int
     ready_in_s: list[float] = []
+    pools: list[Pool] = []
+    pool_of: bytes = b""
+    pool_frames: list[int] = []
+    fill: int = 0
 
 
 class Trim(Message, frozen=True):
@@ -147,15 +157,17 @@ class LeaseUse(Message, frozen=True):
         lease: its id.
         host_tokens: tokens that were loaded from chunks with TIER_HOST and used.
         disk_tokens: the same for TIER_DISK.
+        gpu_tokens: the same for TIER_GPU.
     """
 
     lease: int
     host_tokens: int = 0
     disk_tokens: int = 0
+    gpu_tokens: int = 0
 
 
 class Release(Message, frozen=True):
-    """Give leases back. Unknown (expired) leases are ignored."""
+    """Give leases back. Unknown (expired) leases are ignored; a fill whose lease was of no use is given up."""
 
     session: int
     uses: list[LeaseUse]
@@ -274,6 +286,9 @@ REPLY_OF: dict[type[Message], type[Message]] = {
     Commit: CommitReply,
     Invalidate: Empty,
     Report: Empty,
+    OfferPool: Empty,
+    CommitPool: Empty,
+    CheckPools: CheckPoolsReply,
 }
 
 PATH_OF: dict[type[Message], str] = {
@@ -287,6 +302,9 @@ PATH_OF: dict[type[Message], str] = {
     Commit: f"/v{API_VERSION}/commit",
     Invalidate: f"/v{API_VERSION}/invalidate",
     Report: f"/v{API_VERSION}/report",
+    OfferPool: f"/v{API_VERSION}/pool/offer",
+    CommitPool: f"/v{API_VERSION}/pool/commit",
+    CheckPools: f"/v{API_VERSION}/pool/check",
 }
 
 M = TypeVar("M", bound="Message")

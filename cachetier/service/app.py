@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from cachetier.core.errors import ProtocolError
+from cachetier.core.message_base import Message
 from cachetier.core.messages import (
     API_VERSION,
     MAX_BODY_BYTES,
@@ -22,7 +23,6 @@ from cachetier.core.messages import (
     Commit,
     Invalidate,
     Match,
-    Message,
     OpenSession,
     RegisterNamespace,
     Release,
@@ -33,6 +33,7 @@ from cachetier.core.messages import (
     decode,
     encode,
 )
+from cachetier.core.pool_messages import CheckPools, CommitPool, OfferPool
 from cachetier.service.metrics import Metrics
 from cachetier.service.sessions import WatchedSessions
 from cachetier.store.store import Store
@@ -73,6 +74,9 @@ class Service:
             Commit: store.commit,
             Invalidate: store.invalidate,
             Report: store.report,
+            OfferPool: store.offer_pool,
+            CommitPool: store.commit_pool,
+            CheckPools: store.check_pools,
         }
         for kind, path in PATH_OF.items():
             app.router.add_post(path, self._message_handler(kind, calls[kind]))

@@ -16,10 +16,11 @@ from cachetier.core.messages import MAX_CHUNKS
 from cachetier.storage.arena import Arena
 from cachetier.storage.disk import DiskTier
 from cachetier.store.disk_pins import DiskPins
+from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.host import HostTable
 from cachetier.store.leases import LeaseTable
 from cachetier.store.namespaces import NamespaceTable
-from cachetier.store.stats import Counters, EngineSpeeds, HitTokens, Stats, TierBytes, TierSizes, TokenCounts
+from cachetier.store.stats import Counters, EngineSpeeds, Stats, TierBytes, TierSizes, TokenCounts
 
 SALT_LENGTH_MAX = 1024
 EXTRA_BYTES_MAX = 1024
@@ -33,6 +34,7 @@ class Books:
     clock: Callable[[], float]
     hasher: ChainHasher
     table: HostTable
+    gpu: GpuTier
     leases: LeaseTable
     namespaces: NamespaceTable
     disk: DiskTier | None
@@ -66,17 +68,19 @@ class Books:
         self, arena: Arena, *, instance: str, uptime_s: float, flush_backlog_bytes: int, disk_bytes_per_s: float
     ) -> Stats:
         """Return all counters and gauges as they are now (lock held)."""
-        disk, table, tokens = self.disk, self.table, self.tokens
+        disk, table, gpu, tokens = self.disk, self.table, self.gpu, self.tokens
         num_durable = disk.num_chunks if disk else 0
         return Stats(
             instance=instance,
             uptime_s=uptime_s,
-            tokens=TokenCounts(tokens.queried, HitTokens(tokens.hit.host, tokens.hit.disk), tokens.stored),
+            tokens=TokenCounts(tokens.queried, msgspec.structs.replace(tokens.hit), tokens.stored),
             bytes=TierSizes(
+                TierBytes(gpu.used_bytes, gpu.limit_bytes),
                 TierBytes(arena.used_bytes, arena.data_bytes),
                 TierBytes(disk.used_bytes, disk.limit_bytes) if disk else TierBytes(),
             ),
             chunks=table.num_host_only + num_durable,
+            chunks_gpu=gpu.num_copies,
             chunks_host=table.num_ready,
             chunks_durable=num_durable,
             chunks_pending=table.num_pending,
@@ -84,6 +88,8 @@ class Books:
             sessions=self.leases.num_sessions,
             namespaces=len(self.namespaces),
             flush_backlog_bytes=flush_backlog_bytes,
+            gpu_filled=gpu.num_filled,
+            gpu_evicted=gpu.num_evicted,
             disk_bytes_per_s=disk_bytes_per_s,
             tokens_per_s=EngineSpeeds(self.speeds.prefill, self.speeds.load),
             host_evicted=table.num_evicted,

@@ -48,6 +48,27 @@ class Tiling:
         self.classes = tuple(sorted(set(self.frame_classes)))
 
 
+class PoolCopy:
+    """A chunk's copy in device memory, there or under way.
+
+    Attributes:
+        chunk: whose; None when the chunk left before the copy was there.
+        pool: id of the engine's pool.
+        frame: number of its frame in every part of the pool.
+        is_ready: whether it can be read.
+        hits: matches since it was last spared from eviction, at most HITS_MAX.
+    """
+
+    __slots__ = ("chunk", "frame", "hits", "is_ready", "pool")
+
+    def __init__(self, chunk: "HostChunk", pool: int, frame: int) -> None:
+        self.chunk: HostChunk | None = chunk
+        self.pool = pool
+        self.frame = frame
+        self.is_ready = False
+        self.hits = 0
+
+
 class HostChunk:
     """A chunk that has frames in the arena.
 
@@ -69,12 +90,14 @@ class HostChunk:
         is_durable: whether the disk tier has it too.
         is_offered: whether it waits to be written there.
         queued_until_bytes: while PROMOTING, how much the promoter had been asked to read in all, up to this chunk.
+        copy: its copy in the GPU tier, None while there is none.
         previous, next: its neighbours in the list of its parent's children.
     """
 
     __slots__ = (
-        "age", "checksums", "content", "engine", "frames", "hits", "is_durable", "is_offered", "key", "namespace",
-        "next", "parent", "pins", "position", "previous", "queued_until_bytes", "state", "tenant", "tiling",
+        "age", "checksums", "content", "copy", "engine", "frames", "hits", "is_durable", "is_offered", "key",
+        "namespace", "next", "parent", "pins", "position", "previous", "queued_until_bytes", "state", "tenant",
+        "tiling",
     )  # fmt: skip
 
     def __init__(
@@ -107,5 +130,6 @@ class HostChunk:
         self.is_durable = False
         self.is_offered = False
         self.queued_until_bytes = 0
+        self.copy: PoolCopy | None = None
         self.previous: HostChunk | None = None
         self.next: HostChunk | None = None

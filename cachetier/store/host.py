@@ -17,6 +17,7 @@ from cachetier.core.arena_format import STATE_BAD, STATE_READY
 from cachetier.core.keys import ChainKey
 from cachetier.storage.arena import Arena
 from cachetier.store.chunk import ChunkState, HostChunk
+from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.s3fifo import S3Fifo
 
 EVICTIONS_PER_FRAME_MAX = 256  # chunks of mixed classes may have to go before one frame of the right class is free
@@ -40,13 +41,14 @@ class HostTable:
     Conservation: every used frame of the arena belongs to exactly one chunk, in the table or gone and still pinned.
     """
 
-    def __init__(self, arena: Arena, tenant_quota: float = 1.0) -> None:
+    def __init__(self, arena: Arena, gpu: GpuTier, tenant_quota: float = 1.0) -> None:
         self.chunks: dict[ChainKey, HostChunk] = {}
         self.num_ready = 0
         self.num_pending = 0
         self.num_host_only = 0
         self.num_evicted = 0
         self._arena = arena
+        self._gpu = gpu
         self._quota_bytes = int(tenant_quota * arena.data_bytes) if tenant_quota < 1 else None
         self._tenants: dict[ChainKey, Tenant] = {}
         self._queues: dict[tuple[int, ...], S3Fifo] = {}
@@ -155,6 +157,10 @@ class HostTable:
         known = self._tenants.get(tenant)
         return known.used_bytes if known else 0
 
+    def with_frames(self) -> set[HostChunk]:
+        """Return every chunk that has a frame, those that are gone and still pinned among them."""
+        return {chunk for chunk, _ in self._owners.values()}
+
     def check_integrity(self) -> None:
         """Raise AssertionError if the books contradict each other or the arena."""
         ready = [chunk for chunk in self.chunks.values() if chunk.state is ChunkState.READY]
@@ -260,6 +266,7 @@ class HostTable:
         chunk.previous = chunk.next = None
 
     def _free(self, chunk: HostChunk) -> None:
+        self._gpu.forget(chunk)
         tenant = self._tenants[chunk.tenant] if any(f is not None for f in chunk.frames) else None
         for shard, offset in enumerate(chunk.frames):
             if offset is not None and tenant is not None:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 
 from cachetier.core.errors import ProtocolError
 from cachetier.store.chunk import HostChunk
+from cachetier.store.pools import PoolUse
 
 SESSIONS_MAX = 4096
 LEASES_MAX = 1 << 16
@@ -32,21 +33,22 @@ class Lease:
         session: its owner.
         chunks: what it pins.
         shard: which object of each chunk its owner fills; None for a lease to read.
-        host_tokens, disk_tokens: most tokens that its owner can have used, by tier.
+        host_tokens, disk_tokens, gpu_tokens: most tokens that its owner can have used, by tier.
+        pool_use: which copies in device memory it names and what it orders there; None: nothing.
         expires_at: clock time.
     """
 
-    __slots__ = ("chunks", "disk_tokens", "expires_at", "host_tokens", "id", "session", "shard")
+    __slots__ = (
+        "chunks", "disk_tokens", "expires_at", "gpu_tokens", "host_tokens", "id", "pool_use", "session", "shard",
+    )  # fmt: skip
 
-    def __init__(
-        self, id_: int, session: int, chunks: Sequence[HostChunk], shard: int | None, host_tokens: int, disk_tokens: int
-    ) -> None:
+    def __init__(self, id_: int, session: int, chunks: Sequence[HostChunk], shard: int | None) -> None:
         self.id = id_
         self.session = session
         self.chunks = chunks
         self.shard = shard
-        self.host_tokens = host_tokens
-        self.disk_tokens = disk_tokens
+        self.host_tokens = self.disk_tokens = self.gpu_tokens = 0
+        self.pool_use: PoolUse | None = None
         self.expires_at = 0.0
 
 
@@ -118,6 +120,10 @@ class LeaseTable:
         self._sessions.move_to_end(session_id)
         return session
 
+    def is_open(self, session_id: int) -> bool:
+        """Tell whether a session is open. No sign of life."""
+        return session_id in self._sessions
+
     def close_session(self, session_id: int) -> list[Lease]:
         """End a session; return the leases that died with it. Unknown: nothing."""
         session = self._sessions.pop(session_id, None)
@@ -130,12 +136,10 @@ class LeaseTable:
         now: float,
         *,
         shard: int | None = None,
-        host_tokens: int = 0,
-        disk_tokens: int = 0,
     ) -> Lease:
         """Give `session` a lease on `chunks`, which the caller pinned; ask `is_full` first."""
         assert not self.is_full
-        lease = Lease(self._next_id(), session.id, chunks, shard, host_tokens, disk_tokens)
+        lease = Lease(self._next_id(), session.id, chunks, shard)
         lease.expires_at = now + self._lease_ttl_s
         self._leases[lease.id] = lease
         session.leases.add(lease.id)

@@ -11,7 +11,7 @@ from typing import Any
 
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import ChainKey
-from cachetier.core.messages import TIER_DISK, TIER_HOST, Match, MatchReply
+from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, Match, MatchReply
 from cachetier.storage.disk import DiskChunk
 from cachetier.store.books import Books
 from cachetier.store.chunk import HITS_MAX, ChunkState, HostChunk, Tiling
@@ -67,8 +67,13 @@ class Matcher:
         prompt = Prompt(namespace, root, contents, books.hasher.chain(root, contents))
         return self._leasing(message, prompt) if message.lease else self._asking(prompt)
 
-    def release_read(self, lease: Lease) -> None:
-        """Give back what an ended lease to read pinned (lock held); offer what is not on disk to the flusher again."""
+    def release_read(self, lease: Lease, *, may_fill: bool = True) -> None:
+        """Give back what an ended lease to read pinned (lock held); offer what is not on disk to the flusher again.
+
+        Unless it `may_fill` frames of a pool still, what it ordered there is given up.
+        """
+        if lease.pool_use is not None:
+            self._books.gpu.end_use(lease.pool_use, self._books.clock(), may_fill=may_fill)
         self._unpin(lease.chunks)
 
     def _unpin(self, chunks: Sequence[HostChunk]) -> None:
@@ -98,7 +103,7 @@ class Matcher:
                 if rows:
                     self._walk(prompt, rows)
                 if prompt.held and not books.leases.is_full:
-                    lease = self._grant(session, prompt)
+                    lease = self._grant(session, prompt, message.reads_pools)
                 return self._reply(lease, prompt)
         finally:
             for key in prompt.kept:
@@ -108,15 +113,15 @@ class Matcher:
                     for chunk in prompt.held:
                         books.table.unpin(chunk)
 
-    def _grant(self, session: Session, prompt: Prompt) -> Lease:
-        num_disk = prompt.tiers.count(TIER_DISK)
-        return self._books.leases.grant(
-            session,
-            prompt.held,
-            self._books.clock(),
-            host_tokens=(len(prompt.held) - num_disk) * self._books.chunk_tokens,
-            disk_tokens=num_disk * self._books.chunk_tokens,
-        )
+    def _grant(self, session: Session, prompt: Prompt, reads_pools: bool) -> Lease:
+        books, tiers = self._books, prompt.tiers
+        lease = books.leases.grant(session, prompt.held, books.clock())
+        if reads_pools:
+            lease.pool_use = books.gpu.use(session.engine, prompt.held, tiers)
+        lease.host_tokens = tiers.count(TIER_HOST) * books.chunk_tokens
+        lease.disk_tokens = tiers.count(TIER_DISK) * books.chunk_tokens
+        lease.gpu_tokens = tiers.count(TIER_GPU) * books.chunk_tokens
+        return lease
 
     def _walk(self, prompt: Prompt, rows: Mapping[int, DiskChunk]) -> None:
         """Pin held chunks from where the prompt stands on, promoting those in `rows`, up to the first that is not held.
@@ -224,6 +229,7 @@ class Matcher:
             tiling_of.append(index)
             frames += chunk.frames
             checksums += chunk.checksums
+        use = lease.pool_use if lease else None
         return MatchReply(
             lease=lease.id if lease else 0,
             num_chunks=len(held),
@@ -235,6 +241,10 @@ class Matcher:
             checksums=checksums,
             num_pending=self._count_pending(prompt, len(held)),
             ready_in_s=self._ready_in_s(prompt) if held else [],
+            pools=[pool.message for pool in use.pools] if use else [],
+            pool_of=bytes(use.pool_of) if use else b"",
+            pool_frames=use.frames if use else [],
+            fill=use.fill.id if use and use.fill else 0,
         )
 
     def _ready_in_s(self, prompt: Prompt) -> list[float]:

@@ -9,6 +9,7 @@ import msgspec
 class HitTokens(msgspec.Struct):
     """Tokens that engines loaded and used, by the tier that held them at the match."""
 
+    gpu: int = 0
     host: int = 0
     disk: int = 0
 
@@ -37,6 +38,7 @@ class TierBytes(msgspec.Struct):
 class TierSizes(msgspec.Struct):
     """Sizes of the tiers."""
 
+    gpu: TierBytes = msgspec.field(default_factory=TierBytes)
     host: TierBytes = msgspec.field(default_factory=TierBytes)
     disk: TierBytes = msgspec.field(default_factory=TierBytes)
 
@@ -94,6 +96,7 @@ class Stats(msgspec.Struct):
         tokens: counters of tokens.
         bytes: sizes of the tiers.
         chunks: distinct chunks held, in any tier.
+        chunks_gpu: chunks with a copy in an engine's pool.
         chunks_host: chunks ready in host memory.
         chunks_durable: chunks on disk that survive a crash.
         chunks_pending: chunks being stored.
@@ -101,6 +104,8 @@ class Stats(msgspec.Struct):
         sessions: open sessions.
         namespaces: known models.
         flush_backlog_bytes: bytes waiting to be written.
+        gpu_filled: copies that were made in pools.
+        gpu_evicted: copies that made room for others.
         disk_bytes_per_s: how fast the disk gave chunks lately; 0 while nothing was read.
         tokens_per_s: how fast engines compute and load.
         host_evicted: chunks that left the host tier to make room.
@@ -113,6 +118,7 @@ class Stats(msgspec.Struct):
     tokens: TokenCounts
     bytes: TierSizes
     chunks: int
+    chunks_gpu: int
     chunks_host: int
     chunks_durable: int
     chunks_pending: int
@@ -127,6 +133,8 @@ class Stats(msgspec.Struct):
     loads_failed: int
     hits_cut: int
     tokens_cut: int
+    gpu_filled: int
+    gpu_evicted: int
     host_evicted: int
     promoted: int
     promotions_failed: int

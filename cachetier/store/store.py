@@ -14,6 +14,7 @@ import cachetier
 from cachetier.core.config import ServerConfig
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import KEY_BYTES, ChainHasher, ChainKey
+from cachetier.core.pool_messages import CheckPools, CheckPoolsReply, CommitPool, OfferPool
 from cachetier.core.messages import (
     MAX_CHUNKS,
     Commit,
@@ -42,6 +43,7 @@ from cachetier.store.books import Books
 from cachetier.store.chunk import ChunkState
 from cachetier.store.disk_pins import DiskPins
 from cachetier.store.flush import Flusher
+from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.host import HostTable
 from cachetier.store.leases import Lease, LeaseTable
 from cachetier.store.matching import Matcher
@@ -85,11 +87,11 @@ class Store:
             raise
 
     def _open_tiers(self, config: ServerConfig, files: FileLayer | None) -> None:
-        pins = DiskPins()
+        pins, gpu = DiskPins(), GpuTier(config.lease_ttl_s)
         self._arena_path = self.data_dir.arena_path()
         self._arena = Arena.create(self._arena_path, config.host_bytes, self._instance)
         try:
-            table = HostTable(self._arena, config.tenant_quota)
+            table = HostTable(self._arena, gpu, config.tenant_quota)
             disk = None
             if config.disk_bytes:
                 disk = DiskTier.open(
@@ -106,6 +108,7 @@ class Store:
             clock=self._clock,
             hasher=ChainHasher(self.data_dir.secret),
             table=table,
+            gpu=gpu,
             leases=LeaseTable(config.lease_ttl_s),
             namespaces=NamespaceTable(config.chunk_tokens, self._arena),
             disk=disk,
@@ -142,8 +145,12 @@ class Store:
         )
 
     def close_session(self, session: int) -> None:
-        """End a session: its leases are given back, chunks that it was storing are dropped. Unknown: ignored."""
+        """End a session: its leases are given back, chunks that it was storing are dropped. Unknown: ignored.
+
+        A pool that it offered a part of is gone from the books when this returns.
+        """
         with self._books.lock:
+            self._books.gpu.end_session(session)
             self._end_dead(self._books.leases.close_session(session))
 
     def register_namespace(self, message: RegisterNamespace) -> RegisterNamespaceReply:
@@ -187,7 +194,8 @@ class Store:
                     books.leases.end(lease)
                     books.tokens.hit.host += min(max(use.host_tokens, 0), lease.host_tokens)
                     books.tokens.hit.disk += min(max(use.disk_tokens, 0), lease.disk_tokens)
-                    self._give_back(lease)
+                    books.tokens.hit.gpu += min(max(use.gpu_tokens, 0), lease.gpu_tokens)
+                    self._give_back(lease, is_used=use.host_tokens + use.disk_tokens + use.gpu_tokens > 0)
         return Empty()
 
     def renew(self, message: Renew) -> RenewReply:
@@ -242,6 +250,26 @@ class Store:
             self._books.speeds.load = message.load_tokens_per_s or self._books.speeds.load
         return Empty()
 
+    def offer_pool(self, message: OfferPool) -> Empty:
+        """Take a rank's part of its engine's pool; it stays until the session ends or offers another."""
+        with self._books.lock:
+            session = self._books.leases.session(message.session, self._clock())
+            self._books.gpu.offer(session.engine, message)
+        return Empty()
+
+    def commit_pool(self, message: CommitPool) -> Empty:
+        """Note what a rank has copied into its part of its engine's pool."""
+        with self._books.lock:
+            self._books.leases.session(message.session, self._clock())
+            self._books.gpu.commit(message.session, message.fill, message.frames)
+        return Empty()
+
+    def check_pools(self, message: CheckPools) -> CheckPoolsReply:
+        """Name the pools that are gone."""
+        with self._books.lock:
+            self._books.leases.session(message.session, self._clock())
+            return CheckPoolsReply(gone=self._books.gpu.gone(message.pools))
+
     def stats(self) -> Stats:
         """Return a snapshot of all counters and gauges."""
         backlog = self._flusher.backlog_bytes if self._flusher else 0
@@ -260,6 +288,7 @@ class Store:
             now = self._clock()
             self._end_dead(self._books.leases.expire(now))
             self._storer.expire(now)
+            self._books.gpu.expire(now, self._books.leases.is_open)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Block until everything committed before the call is durable, or was refused by the disk tier.
@@ -274,8 +303,11 @@ class Store:
             self._books.leases.check_integrity()
             self._books.table.check_integrity()
             self._storer.check_integrity()
+            leases = self._books.leases.leases()
+            uses = [lease.pool_use for lease in leases if lease.pool_use is not None]
+            self._books.gpu.check_integrity(self._books.table.with_frames(), uses)
             leased: dict[int, int] = {}
-            for lease in self._books.leases.leases():
+            for lease in leases:
                 for chunk in lease.chunks:
                     leased[id(chunk)] = leased.get(id(chunk), 0) + 1
                     assert chunk.pins >= leased[id(chunk)], "a leased chunk is not pinned as often as it is leased"
@@ -302,8 +334,8 @@ class Store:
         for lease in leases:
             self._give_back(lease)
 
-    def _give_back(self, lease: Lease) -> None:
+    def _give_back(self, lease: Lease, *, is_used: bool = True) -> None:
         if lease.shard is None:
-            self._matcher.release_read(lease)
+            self._matcher.release_read(lease, may_fill=is_used)
         else:
             self._storer.release_fill(lease)

@@ -13,7 +13,8 @@ from cachetier.client import Client, Session
 from cachetier.core.errors import CachetierError, ProtocolError
 from cachetier.core.keys import ModelIdentity, NamespaceId, namespace_of
 from cachetier.core.layout import KVLayout
-from cachetier.core.messages import Message, OpenSessionReply, RegisterNamespace
+from cachetier.core.message_base import Message
+from cachetier.core.messages import OpenSessionReply, RegisterNamespace
 
 PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 0.5

@@ -14,7 +14,15 @@ from cachetier.cli.stats import as_text
 from tests.service.running import RunningServer, TinyEngine, environment, tokens_of
 
 PUBLIC_NAMES = (
-    *("tokens.queried", "tokens.hit.host", "tokens.hit.disk", "tokens.stored", "bytes.host.used", "bytes.host.limit"),
+    *(
+        "tokens.queried",
+        "tokens.hit.gpu",
+        "tokens.hit.host",
+        "tokens.hit.disk",
+        "tokens.stored",
+        "bytes.host.used",
+        "bytes.host.limit",
+    ),
     *("bytes.disk.used", "bytes.disk.limit", "chunks", "leases", "checksum_failures", "stores_dropped"),
 )
 
@@ -56,11 +64,11 @@ def test_text_tells_the_hit_rate(server: RunningServer, capsys: pytest.CaptureFi
 
 def test_text_of_a_server_without_disk_and_without_queries() -> None:
     tier = {"used": 0, "limit": 0}
-    counts = dict.fromkeys(("chunks", "chunks_host", "chunks_durable", "leases", "sessions"), 0)
+    counts = dict.fromkeys(("chunks", "chunks_gpu", "chunks_host", "chunks_durable", "leases", "sessions"), 0)
     counts |= dict.fromkeys(("stores_dropped", "loads_failed", "checksum_failures", "hits_cut", "tokens_cut"), 0)
     counts |= {"tokens_per_s": {"prefill": 0, "load": 0}, "disk_bytes_per_s": 0}
-    tokens = {"queried": 0, "stored": 0, "hit": {"host": 0, "disk": 0}}
-    assert "off" in as_text({"tokens": tokens, "bytes": {"host": tier, "disk": tier}, **counts})
+    tokens = {"queried": 0, "stored": 0, "hit": {"gpu": 0, "host": 0, "disk": 0}}
+    assert "off" in as_text({"tokens": tokens, "bytes": {"gpu": tier, "host": tier, "disk": tier}, **counts})
 
 
 def test_no_server_is_exit_code_1_with_the_socket_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout, Shard
 from cachetier.core.messages import PATH_OF, REPLY_OF, Message, decode, encode
+from cachetier.core.pool_messages import PoolPart
 
 KEYS = st.binary(min_size=16, max_size=16)
 COUNTS = st.integers(0, 1 << 62)
@@ -38,6 +39,15 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     list[tuple[int, bytes]]: st.lists(st.tuples(COUNTS, KEYS), max_size=3),
     list[messages.LeaseUse]: st.lists(
         st.builds(messages.LeaseUse, lease=COUNTS, host_tokens=COUNTS, disk_tokens=COUNTS), max_size=3
+    ),
+    list[messages.Pool]: st.lists(
+        st.builds(
+            messages.Pool,
+            id=COUNTS,
+            engine=st.text(),
+            parts=st.lists(st.builds(PoolPart, device=st.text(), handle=st.binary(max_size=64)), max_size=3),
+        ),
+        max_size=3,
     ),
 }
 KINDS = [*REPLY_OF, *sorted(set(REPLY_OF.values()), key=lambda kind: kind.__name__)]

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from cachetier.core.message_base import Message
 from cachetier.core.messages import (
     MAX_BODY_BYTES,
     PATH_OF,
@@ -17,7 +18,6 @@ from cachetier.core.messages import (
     Invalidate,
     LeaseUse,
     Match,
-    Message,
     OpenSession,
     RegisterNamespace,
     Release,
@@ -25,7 +25,8 @@ from cachetier.core.messages import (
     Report,
     encode,
 )
-from tests.service.running import LAYOUT, RunningServer, TinyEngine, identity, tokens_of
+from cachetier.core.pool_messages import CheckPools, CommitPool, OfferPool
+from tests.service.running import LAYOUT, OBJECT_BYTES, RunningServer, TinyEngine, identity, tokens_of
 
 MSGPACK = {"Content-Type": "application/msgpack"}
 
@@ -226,13 +227,24 @@ def valid_messages(engine: TinyEngine) -> list[Message]:
     return [
         OpenSession(client="fuzz", engine="e", pid=1),
         RegisterNamespace(session=session, identity=identity(), layouts=[LAYOUT]),
-        Match(session=session, namespace=engine.namespace, tokens=tokens, extras=[(1, b"image")]),
+        Match(session=session, namespace=engine.namespace, tokens=tokens, extras=[(1, b"image")], reads_pools=True),
         engine.reserve(tokens),
         Release(session=session, uses=[LeaseUse(lease=1, host_tokens=64)]),
         Renew(session=session, leases=[1, 2]),
         Commit(session=session, lease=1, checksums=[1, None]),
         Invalidate(session=session, keys=bytes(16)),
         Report(session=session, stores_dropped=1),
+        OfferPool(
+            session=session,
+            tiling=[LAYOUT.whole()],
+            shard=0,
+            object_bytes=OBJECT_BYTES,
+            num_frames=2,
+            device="gpu 0",
+            handle=bytes(64),
+        ),
+        CommitPool(session=session, fill=1, frames=[0, 1]),
+        CheckPools(session=session, pools=[1, 2]),
     ]
 
 
