@@ -3,10 +3,12 @@
 import threading
 import time
 
-from cachetier.core.messages import (
-    TIER_DISK,
-)
-from tests.store.chunks import BIG
+import pytest
+
+from cachetier.core.errors import ProtocolError
+from cachetier.core.messages import TIER_DISK, TIER_HOST, Trim
+from cachetier.store import read_speed
+from tests.store.chunks import BIG, CHUNK_TOKENS
 from tests.store.engines import MIB, Engine, tokens_of
 
 
@@ -71,3 +73,77 @@ def test_chunks_that_were_promoted_are_carried_over_after_they_left_the_arena(op
         store.flush(20)
     assert store.stats().disk["carried"] > 0
     assert engine.match(tokens_of(1), lease=False).tiers == bytes([TIER_DISK])
+
+
+def wait_until_read(store):
+    deadline = time.monotonic() + 10
+    while store._books.disk_pins.num_pinned and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def test_a_reply_says_when_chunks_on_disk_will_be_there_once_the_disk_was_measured(open_store):
+    Engine(open_store(), layout=BIG).put(tokens_of(*range(7)))
+    store = open_store(io_threads=1)
+    engine = Engine(store, layout=BIG)
+    read = store._books.disk.read
+    store._books.disk.read = lambda key, frames: time.sleep(0.02) or read(key, frames)
+    first = engine.match(tokens_of(0, 1))
+    assert first.ready_in_s == []
+    engine.check(first)
+    wait_until_read(store)
+    reply = engine.match(tokens_of(*range(7)))
+    assert reply.tiers == bytes([TIER_HOST] * 2 + [TIER_DISK] * 5)
+    assert reply.ready_in_s == sorted(reply.ready_in_s)
+    assert 0 < reply.ready_in_s[0] < 0.1
+    assert 4 < reply.ready_in_s[4] / reply.ready_in_s[0] < 6
+    other = engine.match(tokens_of(*range(7)))
+    assert 0 < other.ready_in_s[4] < 1.5 * reply.ready_in_s[4], (
+        "who waits for the same reads does not wait for them twice"
+    )
+    engine.check(reply)
+    wait_until_read(store)
+    assert engine.match(tokens_of(*range(7))).ready_in_s == []
+
+
+def test_what_is_cut_off_a_lease_is_not_read_and_is_counted(open_store):
+    Engine(open_store(), layout=BIG).put(tokens_of(*range(7)))
+    store = open_store(io_threads=1)
+    engine = Engine(store, layout=BIG)
+    gate = threading.Event()
+    read = store._books.disk.read
+    store._books.disk.read = lambda key, frames: gate.wait(10) and read(key, frames)
+    reply = engine.match(tokens_of(*range(7)))
+    session = engine.sessions[0]
+    store.trim(Trim(session=session, lease=reply.lease, num_chunks=3))
+    store.trim(Trim(session=session, lease=reply.lease + 1, num_chunks=0))
+    gate.set()
+    wait_until_read(store)
+    arrived = engine.check(reply, wait=False)  # the thread may have taken more than these three before the cut
+    stats = store.stats()
+    assert arrived[:3] == [True] * 3
+    assert stats.promotions_skipped == arrived.count(False) > 0
+    assert (stats.hits_cut, stats.tokens_cut) == (1, 4 * CHUNK_TOKENS)
+    engine.release(reply)
+    assert store.stats().leases == 0
+
+
+def test_a_lease_to_fill_cannot_be_cut(store):
+    engine = Engine(store)
+    reply = engine.reserve(tokens_of(1, 2))
+    with pytest.raises(ProtocolError, match="only a lease to read"):
+        store.trim(Trim(session=engine.sessions[0], lease=reply.lease, num_chunks=1))
+
+
+def test_when_nothing_was_read_for_long_what_nobody_waits_for_shows_how_fast_the_disk_is(open_store, monkeypatch):
+    monkeypatch.setattr(read_speed, "STALE_S", 0.0)
+    Engine(open_store(), layout=BIG).put(tokens_of(*range(7)))
+    store = open_store(io_threads=1)
+    engine = Engine(store, layout=BIG)
+    gate = threading.Event()
+    read = store._books.disk.read
+    store._books.disk.read = lambda key, frames: gate.wait(10) and read(key, frames)
+    engine.release(engine.match(tokens_of(*range(7))))
+    gate.set()
+    wait_until_read(store)
+    assert (store.stats().promoted, store.stats().promotions_skipped) == (7, 0)
+    assert store.stats().disk_bytes_per_s > 0
