@@ -102,7 +102,10 @@ class ConnectorConfig:
     match_deadline_ms: float = setting(200.0, "how long a request may wait for the server's answer to its match")
     load_deadline_ms: float = setting(500.0, "how long a load may go without progress before it is given up")
     staging_bytes: int = setting(
-        256 * MIB, "memory for KV on its way to the tier; what does not fit is dropped", size=True
+        256 * MIB, "host memory for KV on its way to the tier; what does not fit is dropped (CPU engines)", size=True
+    )
+    device_staging_bytes: int = setting(
+        48 * MIB, "GPU memory that each worker takes to copy KV through (GPU engines)", size=True
     )
 
     def __post_init__(self) -> None:
@@ -115,6 +118,7 @@ class ConnectorConfig:
             if not 1 <= getattr(self, name) <= 60_000:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be between 1 and 60000")
         _at_least("staging_bytes", self.staging_bytes, MIB)
+        _at_least("device_staging_bytes", self.device_staging_bytes, MIB)
 
 
 Config = TypeVar("Config", ServerConfig, ConnectorConfig)

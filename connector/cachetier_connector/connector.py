@@ -123,8 +123,7 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
         )
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        self._scheduling.request_finished(request)
-        return False, None
+        return self._scheduling.request_finished(request), None
 
     def reset_cache(self) -> bool | None:
         self._scheduling.reset()
@@ -150,7 +149,7 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._working.after_forward(self._plan)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return None, self._working.take_finished_loads()
+        return self._working.take_released(), self._working.take_finished_loads()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._working.take_bad_blocks()
@@ -161,7 +160,7 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: "AttentionMetadata", **kwargs: Any
     ) -> None:
-        """Nothing: chunks are gathered once all layers of a step are computed."""
+        """Nothing: chunks are taken once all layers of a step are computed."""
 
     # Both halves.
 

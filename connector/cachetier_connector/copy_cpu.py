@@ -10,8 +10,13 @@ from typing import NamedTuple
 
 import torch
 
+from cachetier.client import ArenaView
+from cachetier.core.checksum import checksum_of, page_digests
 from cachetier.core.errors import ConfigError
-from cachetier_connector.copy_base import CopyEngine
+from cachetier.core.layout import KVLayout, Shard, digests_offset, frame_bytes
+from cachetier_connector.copy_base import CopyEngine, LoadRun
+from cachetier_connector.plan import ChunkSource, LoadOp
+from cachetier_connector.shard_reader import ShardReader
 
 # Has the backend write K and V rows, both `[block_tokens, 1, head_size]` in the model's dtype, into one zeroed block
 # and returns it: `[1, 1, block_tokens, 2 * head_size]` in the KV cache's dtype.
@@ -113,20 +118,42 @@ def _pieces(
     return pieces
 
 
-class CpuCopyEngine(CopyEngine):
-    """Gathers and scatters with strided copies, which release the interpreter's lock while they copy."""
+def _write_object(payload: memoryview, arena: ArenaView, offset: int) -> int:
+    """Write an object and the digests of its pages into the frame at `offset`; return its checksum."""
+    digests = page_digests(payload)
+    frame = arena.frame(offset, frame_bytes(len(payload)))
+    frame[: len(payload)] = payload
+    start = digests_offset(len(payload))
+    frame[start : start + len(digests)] = digests
+    return checksum_of(digests)
 
-    def __init__(self, caches: Sequence[torch.Tensor], packing: tuple[torch.Tensor, torch.Tensor]) -> None:
+
+class CpuCopyEngine(CopyEngine):
+    """Gathers and scatters with strided copies, which release the interpreter's lock while they copy.
+
+    A snapshot is a copy, so blocks are free for others at once.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[torch.Tensor],
+        packing: tuple[torch.Tensor, torch.Tensor],
+        layout: KVLayout,
+        shard: Shard,
+    ) -> None:
         """Serve the paged blocks of one rank.
 
         Args:
             caches: of each layer, in order, `[blocks, heads, block_tokens, K | V]` in the KV cache's dtype.
             packing: of K and of V rows, from `learn_packing`.
+            layout: of the model's KV cache group.
+            shard: what of it this rank holds.
         """
         integers = [as_integers(cache) for cache in caches]
         self._layers = [
             tuple(_Rows(cache, half, offsets) for half, offsets in enumerate(packing)) for cache in integers
         ]
+        self._layout, self._shard = layout, shard
         self._dtype = integers[0].dtype
         num_heads, block_tokens, width = integers[0].shape[1:]
         self._num_heads: int = int(num_heads)
@@ -138,10 +165,43 @@ class CpuCopyEngine(CopyEngine):
     def block_tokens(self) -> int:
         return self._block_tokens
 
+    @property
+    def keeps_blocks(self) -> bool:
+        return False
+
     def shard_bytes(self, chunk_tokens: int) -> int:
         return self._num_heads * len(self._layers) * chunk_tokens * self._row_bytes
 
+    def use_arena(self, arena: ArenaView) -> None:
+        """Nothing: the mapping is all that it takes."""
+
+    def snapshot(self, block_ids: Sequence[int], first_token: int, num_chunks: int, chunk_tokens: int) -> torch.Tensor:
+        return self.gather(block_ids, first_token, num_chunks, chunk_tokens)
+
+    def fill(
+        self,
+        snapshot: torch.Tensor,
+        numbers: Sequence[int],
+        arena: ArenaView,
+        frames: Sequence[int],
+        is_wanted: Callable[[], bool],
+    ) -> list[int | None]:
+        return [
+            _write_object(memoryview(snapshot[number].numpy()), arena, frame) if is_wanted() else None
+            for number, frame in zip(numbers, frames, strict=True)
+        ]
+
+    def fence(self) -> None:
+        """Nothing: what the engine has launched has run."""
+
+    def open_load(self, arena: ArenaView, load: LoadOp, fence: None) -> "CpuLoadRun":
+        return CpuLoadRun(self, self._layout, self._shard, arena, load)
+
+    def stop(self) -> None:
+        """Nothing is held."""
+
     def gather(self, block_ids: Sequence[int], first_token: int, num_chunks: int, chunk_tokens: int) -> torch.Tensor:
+        """Return the chunks that `snapshot` describes: uint8 `[num_chunks, shard_bytes]`."""
         shards = torch.empty(num_chunks, self.shard_bytes(chunk_tokens), dtype=torch.uint8)
         rows = self._as_rows(shards, chunk_tokens)
         blocks, end_token = torch.tensor(block_ids), first_token + num_chunks * chunk_tokens
@@ -160,6 +220,16 @@ class CpuCopyEngine(CopyEngine):
         first_token: int,
         num_tokens: int,
     ) -> None:
+        """Copy tokens of consecutive chunks into paged blocks; visible to the engine when this returns.
+
+        Args:
+            shards: uint8 `[num_chunks, shard_bytes]`.
+            chunk_tokens: tokens a chunk.
+            skip_tokens: tokens at the start of the first chunk that are not wanted.
+            block_ids: consecutive blocks of one request.
+            first_token: where the first wanted token goes, counted from the start of the first block.
+            num_tokens: how many tokens to write. No other slot is touched.
+        """
         rows = self._as_rows(shards, chunk_tokens)
         for piece in _pieces(block_ids, self._block_tokens, first_token, chunk_tokens, skip_tokens, num_tokens):
             part = rows[piece.chunk, :, :, piece.token : piece.token + piece.num_tokens]
@@ -172,3 +242,40 @@ class CpuCopyEngine(CopyEngine):
         return shards.view(self._dtype).view(
             shards.shape[0], self._num_heads, len(self._layers), chunk_tokens, 2, self._head_size
         )
+
+
+class CpuLoadRun(LoadRun):
+    """Carries out each group before `push` returns."""
+
+    def __init__(self, engine: CpuCopyEngine, layout: KVLayout, wanted: Shard, arena: ArenaView, load: LoadOp) -> None:
+        self._engine, self._load = engine, load
+        self._reader = ShardReader(arena, layout, wanted, load.tilings, load.chunk_tokens)
+        self._num_good = 0
+        self._corrupt_key: bytes | None = None
+
+    @property
+    def corrupt_key(self) -> bytes | None:
+        return self._corrupt_key
+
+    def push(self, group: Sequence[ChunkSource]) -> None:
+        if self._corrupt_key is not None:
+            return
+        load = self._load
+        shards = torch.empty(len(group), self._engine.shard_bytes(load.chunk_tokens), dtype=torch.uint8)
+        num_good = self._read(group, shards)
+        group_start = (load.first_chunk + self._num_good) * load.chunk_tokens
+        start, end = max(load.start, group_start), min(load.end, group_start + num_good * load.chunk_tokens)
+        if end > start:
+            self._engine.scatter(shards, load.chunk_tokens, start - group_start, load.block_ids, start, end - start)
+        self._num_good += num_good
+
+    def finish(self) -> int:
+        return self._num_good
+
+    def _read(self, group: Sequence[ChunkSource], shards: torch.Tensor) -> int:
+        """Copy and verify the chunks of `group`; return how many, from the first on, are good."""
+        for number, chunk in enumerate(group):
+            if not self._reader.read(chunk, memoryview(shards[number].numpy())):
+                self._corrupt_key = chunk.key
+                return number
+        return len(group)

@@ -6,22 +6,30 @@ from typing import TYPE_CHECKING
 import torch
 
 from cachetier.core.errors import ConfigError
+from cachetier.core.layout import Shard
 from cachetier_connector.copy_base import CopyEngine
 from cachetier_connector.copy_cpu import CpuCopyEngine, learn_packing
+from cachetier_connector.facts import EngineFacts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def make_copy_engine(caches: Sequence[torch.Tensor], vllm_config: "VllmConfig") -> CopyEngine:
-    """Return the copy engine for `caches`, one tensor a layer in the model's order.
+def make_copy_engine(
+    caches: Sequence[torch.Tensor], vllm_config: "VllmConfig", facts: EngineFacts, shard: Shard
+) -> CopyEngine:
+    """Return the copy engine for `caches`, one tensor a layer in the model's order, which hold `shard`.
 
     Raises:
         ConfigError: there is none for this device or this layout.
     """
     device = caches[0].device.type
+    if device == "cuda":
+        from cachetier_connector.cuda.copy_cuda import CudaCopyEngine
+
+        return CudaCopyEngine(caches, facts.layout, shard, staging_bytes=facts.config.device_staging_bytes)
     if device != "cpu":
-        raise ConfigError(f"cachetier has no copy engine for KV caches on {device!r} yet; it serves vLLM's CPU backend")
+        raise ConfigError(f"cachetier has no copy engine for KV caches on {device!r}; it serves CUDA and CPU engines")
     if any(cache.dim() != 4 or cache.shape != caches[0].shape for cache in caches):
         raise ConfigError(f"cachetier does not know KV caches of shape {tuple(caches[0].shape)}")
     _, _, block_tokens, width = caches[0].shape
@@ -29,7 +37,8 @@ def make_copy_engine(caches: Sequence[torch.Tensor], vllm_config: "VllmConfig") 
     def write_block(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return _write_block(keys, values, caches[0].dtype, str(vllm_config.cache_config.cache_dtype))
 
-    return CpuCopyEngine(caches, learn_packing(write_block, block_tokens, width // 2, vllm_config.model_config.dtype))
+    packing = learn_packing(write_block, block_tokens, width // 2, vllm_config.model_config.dtype)
+    return CpuCopyEngine(caches, packing, facts.layout, shard)
 
 
 def _write_block(keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype, kv_cache_dtype: str) -> torch.Tensor:

@@ -36,6 +36,7 @@ class EngineFacts:
         block_tokens: tokens a block.
         layout: shape of its KV cache group over the whole model.
         tiling: how it cuts a chunk into shards.
+        device: type of the device that its KV caches lie on.
     """
 
     engine: str
@@ -45,6 +46,12 @@ class EngineFacts:
     block_tokens: int
     layout: KVLayout
     tiling: list[Shard]
+    device: str
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether stores read the paged blocks later (see `CopyEngine.keeps_blocks`), so that vLLM must keep them."""
+        return self.device == "cuda"
 
 
 def read_facts(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> EngineFacts:
@@ -70,6 +77,7 @@ def read_facts(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> E
         block_tokens=spec.block_size,
         layout=KVLayout(num_layers=num_layers, num_kv_heads=num_kv_heads, row_bytes=row_bytes),
         tiling=tiling_for(num_layers, num_kv_heads, parallel.tensor_parallel_size, layer_ranges),
+        device=str(vllm_config.device_config.device_type),
     )
 
 

@@ -101,15 +101,19 @@ class StepPlan(msgspec.Struct, kw_only=True):
         socket_path: the server's socket, empty while there is none.
         stores_before: from blocks that vLLM has already taken back: before the step's forward pass overwrites them.
         stores_after: from blocks that this step's forward pass completes.
-        loads: started after the forward pass, in the background.
+        loads: started in the background.
+        preempted: requests whose blocks are others' from now on; no store that is still queued may read them.
         finished: requests whose chains are no longer needed.
+        held: those of `finished` whose blocks vLLM keeps until every worker has reported that it reads them no more.
     """
 
     socket_path: str = ""
     stores_before: list[StoreOp] = []
     stores_after: list[StoreOp] = []
     loads: list[LoadOp] = []
+    preempted: list[str] = []
     finished: list[str] = []
+    held: list[str] = []
 
 
 def tokens_to_bytes(tokens: Iterable[int]) -> bytes:

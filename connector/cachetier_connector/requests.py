@@ -46,9 +46,11 @@ class TrackedRequest:
         ticket: the latest match, None before the first and when another is needed.
         block_ids: the block table as far as it is known.
         computed_end: tokens whose KV is computed once every step scheduled so far has run.
+        matched_from: tokens that vLLM held itself when it last asked what can be loaded beyond them.
         next_chunk: the first chunk that has not been handed to the workers and is not known to be held.
         loading: tokens `[start, end)` being loaded, None when no load is under way.
         failed_at: first token that the load under way could not bring, None while there is none.
+        has_stores: chunks in the blocks that it has now were handed to the workers.
         is_finished: vLLM is done with it, except for a load under way.
     """
 
@@ -58,9 +60,11 @@ class TrackedRequest:
     ticket: MatchTicket | None = None
     block_ids: list[int] = dataclasses.field(default_factory=list)
     computed_end: int = 0
+    matched_from: int = 0
     next_chunk: int = 0
     loading: tuple[int, int] | None = None
     failed_at: int | None = None
+    has_stores: bool = False
     is_finished: bool = False
 
     @property

@@ -2,8 +2,9 @@
 
 Everything here runs on the scheduler's thread and never waits: conversation with the server is the `Matcher`'s. A
 request is matched when it arrives; a chunk is handed to the workers as soon as its tokens are known and the steps
-scheduled so far compute its KV, decoded tokens included; a chunk that is complete when its request ends is copied at
-the start of the next step, before a forward pass can overwrite the blocks that vLLM has taken back.
+scheduled so far compute its KV, decoded tokens included; a chunk that is complete when its request ends is taken at
+the start of the next step, before a forward pass can overwrite the blocks that vLLM has taken back. Where stores read
+the blocks later than that, vLLM is asked to keep them until all workers have let go of them.
 """
 
 import logging
@@ -104,11 +105,15 @@ class SchedulerHalf:
             return 0, False
         if ticket.reply is None or not ticket.reply.lease:
             return 0, False
+        tracked.matched_from = num_computed_tokens
         end = loadable_end(ticket.reply.num_chunks, ticket.chunk_tokens, request.num_tokens)
         return (end - num_computed_tokens, True) if end > num_computed_tokens else (0, False)
 
     def update_state_after_alloc(self, request: "Request", block_ids: list[int], num_external_tokens: int) -> None:
-        """Plan the load of `num_external_tokens` into the blocks that the request now has."""
+        """Plan the load of `num_external_tokens` into the blocks that the request now has.
+
+        They start where the last match said; vLLM may want fewer than it was offered.
+        """
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.loading is not None:
             return
@@ -119,8 +124,7 @@ class SchedulerHalf:
             return
         assert ticket is not None
         assert ticket.reply is not None
-        end = loadable_end(ticket.reply.num_chunks, ticket.chunk_tokens, request.num_tokens)
-        start = end - num_external_tokens
+        start, end = tracked.matched_from, tracked.matched_from + num_external_tokens
         first_chunk, chunks = chunks_to_load(ticket.reply, start, end, ticket.chunk_tokens)
         tracked.loading, tracked.failed_at = (start, end), None
         tracked.block_ids, tracked.computed_end = list(block_ids), end
@@ -153,6 +157,8 @@ class SchedulerHalf:
             tracked = self._requests.get(request_id)
             if tracked is not None and tracked.may_store:
                 self._plan.stores_after += self._stores(tracked, tracked.request.num_tokens)
+        if self._facts.keeps_blocks:  # all of them: one that ended since is not tracked any more
+            self._plan.preempted = list(output.preempted_req_ids or ())
         plan, self._plan = self._plan, StepPlan()
         plan.socket_path = self._socket_path
         return plan
@@ -168,18 +174,24 @@ class SchedulerHalf:
             if loaded is not None and loaded.loading is not None:
                 self._end_load(loaded, *loaded.loading)
 
-    def request_finished(self, request: "Request") -> None:
-        """Hand over what is complete, before vLLM takes the request's blocks back."""
+    def request_finished(self, request: "Request") -> bool:
+        """Hand over what is complete; tell whether vLLM must keep the request's blocks until the workers report it.
+
+        While a load is under way they are vLLM's to keep until the load is reported, and nothing was stored from them.
+        """
         tracked = self._requests.get(request.request_id)
         if tracked is None:
-            return
+            return False
         tracked.is_finished = True
         if tracked.may_store and tracked.loading is None:
             # The last token was sampled but, as far as is certain here, not computed.
             self._plan.stores_before += self._stores(tracked, request.num_tokens - 1)
+        must_keep = self._facts.keeps_blocks and tracked.has_stores and tracked.loading is None
         self._plan.finished.append(tracked.id)
+        self._plan.held += [tracked.id] if must_keep else []
         if tracked.loading is None:
             self._forget(tracked)
+        return must_keep
 
     def reset(self) -> None:
         """Start a new generation: the engine's weights may have changed."""
@@ -218,7 +230,9 @@ class SchedulerHalf:
         scheduled = output.num_scheduled_tokens
         for request_id in output.preempted_req_ids or ():
             if tracked := self._requests.get(request_id):  # its blocks are others' now
-                tracked.block_ids, tracked.computed_end = [], 0
+                tracked.block_ids, tracked.computed_end, tracked.has_stores = [], 0, False
+                if self._facts.keeps_blocks:  # what is queued is dropped; what is held by then costs one message
+                    tracked.next_chunk = 0
         for new in output.scheduled_new_reqs:
             if tracked := self._requests.get(new.req_id):
                 tracked.block_ids = list(new.block_ids[0])
@@ -247,6 +261,7 @@ class SchedulerHalf:
         ops = []
         for start in range(first, end_chunk, MAX_CHUNKS_PER_OP):
             ops.append(self._store_op(tracked, start, min(start + MAX_CHUNKS_PER_OP, end_chunk)))
+        tracked.has_stores |= bool(ops)
         return ops
 
     def _store_op(self, tracked: TrackedRequest, first: int, end: int) -> StoreOp:

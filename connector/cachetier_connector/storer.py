@@ -1,28 +1,35 @@
-"""The worker's store thread: from staging memory into frames of the arena, behind the engine's back.
+"""The worker's store thread: from the copy engine's snapshots into frames of the arena, behind the engine's back.
 
-Chunks are gathered by the worker's main thread, because only it knows when the blocks hold them; everything else
-(asking for frames, digests, copying, committing) happens here. What would wait for longer than a second, or does not
-fit into `staging_bytes`, is dropped and counted: a cache may forget.
+Snapshots are taken by the worker's main thread, because only it knows when the blocks hold the chunks; everything else
+(asking for frames, filling, committing) happens here. What would wait for longer than a second, or does not fit into
+`staging_bytes`, is dropped and counted: a cache may forget.
 
-Locking design: jobs travel through a queue; `_staged_bytes` and `_dropped` are guarded by `_lock`. The link and the
-chains belong to this thread.
+Where the copy engine keeps blocks, a queued store has yet to read them, and vLLM gives blocks to others in two cases.
+When a request ends, vLLM waits until it is reported (`finish`, `take_released`), which it is once everything queued
+before has been stored or dropped. When a request is preempted, vLLM does not wait: `cancel` drops what is queued for it
+and makes the main thread wait until a fill under way has let go of the blocks.
+
+Locking design: jobs travel through a queue; what both threads touch is guarded by `_lock`, and `_let_go` is notified
+when a fill ends. The link and the chains belong to the store thread.
 """
 
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from cachetier.client import ArenaView
-from cachetier.core.checksum import checksum_of, page_digests
-from cachetier.core.keys import KEY_BYTES
-from cachetier.core.layout import Shard, digests_offset, frame_bytes
+from cachetier.core.errors import CachetierError
+from cachetier.core.keys import KEY_BYTES, TOKEN_BYTES
+from cachetier.core.layout import Shard
 from cachetier.core.messages import RESERVE_FILL, Commit, Invalidate, Report, Reserve, ReserveReply
 from cachetier_connector.arena_cache import ArenaCache
+from cachetier_connector.copy_base import CopyEngine
 from cachetier_connector.link import ServerLink
 from cachetier_connector.plan import StoreOp
 
@@ -34,68 +41,108 @@ STOP_TIMEOUT_S = 3.0
 log = logging.getLogger(__name__)
 
 
-class _Staged(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Queued:
+    """A store whose snapshot was taken. `is_wanted` turns False at most once, under the lock."""
+
     store: StoreOp
-    shards: torch.Tensor
+    snapshot: Any
+    num_chunks: int
+    staged_bytes: int
     since_s: float
+    is_wanted: bool = True
 
 
 class Storer:
-    """Carries out `StoreOp`s whose chunks have been gathered, on a thread of its own."""
+    """Carries out `StoreOp`s on a thread of its own."""
 
     def __init__(
-        self, link: ServerLink, tiling: list[Shard], shard: int, arenas: ArenaCache, *, staging_bytes: int
+        self,
+        engine: CopyEngine,
+        link: ServerLink,
+        tiling: list[Shard],
+        shard: int,
+        arenas: ArenaCache,
+        *,
+        staging_bytes: int,
     ) -> None:
         """Start the thread.
 
         Args:
+            engine: of this rank's paged blocks.
             link: used by the thread alone from now on.
             tiling: how this engine cuts chunks.
             shard: this rank's part of it.
             arenas: to write to.
-            staging_bytes: how much may wait.
+            staging_bytes: how much may wait in host memory.
         """
-        self._link, self._tiling, self._shard, self._arenas = link, tiling, shard, arenas
+        self._engine, self._link, self._tiling, self._shard, self._arenas = engine, link, tiling, shard, arenas
         self._staging_bytes = staging_bytes
         self._lock = threading.Lock()
+        self._let_go = threading.Condition(self._lock)
         self._staged_bytes = self._dropped = 0
+        self._queued: set[_Queued] = set()
+        self._filling: _Queued | None = None
+        self._released: set[str] = set()
         self._chains: dict[str, tuple[int, bytes]] = {}
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="cachetier-storer", daemon=True)
         self._thread.start()
 
-    def has_room(self, num_chunks: int, size_bytes: int) -> bool:
-        """Tell whether `num_chunks` chunks of `size_bytes` in all may be staged now; if not, they count as dropped."""
+    def submit(self, store: StoreOp) -> None:
+        """Take the chunks of `store` as the work launched so far leaves them, and queue them. The main thread."""
+        num_chunks = len(store.tokens) // (TOKEN_BYTES * store.chunk_tokens)
+        size_bytes = 0 if self._engine.keeps_blocks else num_chunks * self._engine.shard_bytes(store.chunk_tokens)
         with self._lock:
-            has_room = self._link.is_up and self._staged_bytes + size_bytes <= self._staging_bytes
-            if not has_room:
+            if not self._link.is_up or self._staged_bytes + size_bytes > self._staging_bytes:
                 self._dropped += num_chunks
-            return has_room
-
-    def submit(self, store: StoreOp, shards: torch.Tensor) -> None:
-        """Queue chunks. `shards` is uint8 `[num_chunks, shard_bytes]` in host memory and belongs to the storer now."""
+                return
+            self._staged_bytes += size_bytes
+        first_token = store.position * store.chunk_tokens % self._engine.block_tokens
+        snapshot = self._engine.snapshot(store.block_ids, first_token, num_chunks, store.chunk_tokens)
+        queued = _Queued(store, snapshot, num_chunks, size_bytes, time.monotonic())
         with self._lock:
-            self._staged_bytes += shards.numel()
-        staged = _Staged(store, shards, time.monotonic())
-        self._jobs.put(lambda: self._store(staged))
+            self._queued.add(queued)
+        self._jobs.put(lambda: self._store(queued))
 
-    def finish(self, request_ids: list[str]) -> None:
-        """Forget the chains of these requests, after what is queued."""
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """Drop what is queued of these requests; their paged blocks are not read any more when this returns.
+
+        The main thread. Waits for the batch that a fill of one of them is copying, if there is one.
+        """
+        unwanted = set(request_ids)
+        with self._let_go:
+            for queued in self._queued:
+                if queued.store.request_id in unwanted:
+                    queued.is_wanted = False
+            self._let_go.wait_for(lambda: self._filling is None or self._filling.is_wanted)
+
+    def finish(self, request_ids: list[str], held: Iterable[str]) -> None:
+        """Forget the chains of these requests and report those that are `held` as released, after what is queued."""
 
         def forget() -> None:
             for request_id in request_ids:
                 self._chains.pop(request_id, None)
+            with self._lock:
+                self._released.update(held)
 
         self._jobs.put(forget)
+
+    def take_released(self) -> set[str]:
+        """Return the held requests whose blocks are not read any more, since the last call."""
+        with self._lock:
+            released, self._released = self._released, set()
+        return released
 
     def report_corrupt(self, key: bytes) -> None:
         """Tell the server that a chunk does not match its checksum."""
         self._jobs.put(lambda: self._link.call(lambda session: Invalidate(session=session, keys=key), CALL_TIMEOUT_S))
 
-    def stop(self) -> None:
-        """Store what is queued, close the session and end the thread."""
+    def stop(self) -> bool:
+        """Store what is queued, close the session and end the thread; tell whether it has ended."""
         self._jobs.put(None)
         self._thread.join(STOP_TIMEOUT_S)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         torch.set_num_threads(1)
@@ -107,27 +154,37 @@ class Storer:
             if job is None:
                 break
             try:
-                self._link.probe()
+                if self._link.probe():
+                    self._map_arena()
                 job()
             except Exception:
                 log.exception("cachetier: a job of the storer failed")
         self._link.close()
 
-    def _store(self, staged: _Staged) -> None:
+    def _map_arena(self) -> None:
+        """Map the arena of a server as soon as it is there: engines may need a while to prepare it."""
+        server = self._link.server
+        assert server is not None
         try:
-            is_late = time.monotonic() - staged.since_s > QUEUE_TIME_MAX_S
-            if is_late or not self._store_now(staged.store, staged.shards):
-                with self._lock:
-                    self._dropped += len(staged.shards)
+            self._arenas.get(server.arena_path, server.instance)
+        except CachetierError as error:
+            log.debug("cachetier: the server that was just there is gone: %s", error)
+
+    def _store(self, queued: _Queued) -> None:
+        is_done = False
+        try:
+            is_done = time.monotonic() - queued.since_s <= QUEUE_TIME_MAX_S and self._store_now(queued)
         finally:
             with self._lock:
-                self._staged_bytes -= staged.shards.numel()
+                self._queued.discard(queued)
+                self._dropped += 0 if is_done else queued.num_chunks
+                self._staged_bytes -= queued.staged_bytes
 
-    def _store_now(self, store: StoreOp, shards: torch.Tensor) -> bool:
-        """Reserve, fill and commit; False: the chunks are dropped."""
-        server = self._link.server
-        if server is None or server.chunk_tokens != store.chunk_tokens:
-            return False  # cut for a server that this one has replaced
+    def _store_now(self, queued: _Queued) -> bool:
+        """Reserve, fill and commit; False: the chunks are dropped. The server counts those that it dropped itself."""
+        server, store = self._link.server, queued.store
+        if not queued.is_wanted or server is None or server.chunk_tokens != store.chunk_tokens:
+            return False  # its blocks are gone, or it was cut for a server that this one has replaced
         position, parent = self._chains.get(store.request_id, (-1, b""))
         if store.parent is not None:
             parent = store.parent
@@ -136,11 +193,11 @@ class Storer:
         reply = self._link.call(lambda session: self._reserve(session, store, parent), CALL_TIMEOUT_S)
         if reply is None:
             return False
-        self._chains[store.request_id] = (store.position + len(shards), reply.keys[-KEY_BYTES:])
+        self._chains[store.request_id] = (store.position + queued.num_chunks, reply.keys[-KEY_BYTES:])
         if not reply.lease:
             return True
         arena = self._arenas.get(server.arena_path, server.instance)
-        checksums = self._fill(arena, reply, shards)
+        checksums = self._fill(arena, reply, queued)
         commit = self._link.call(
             lambda session: Commit(session=session, lease=reply.lease, checksums=checksums), CALL_TIMEOUT_S
         )
@@ -159,19 +216,20 @@ class Storer:
             extras=store.extras,
         )
 
-    def _fill(self, arena: ArenaView, reply: ReserveReply, shards: torch.Tensor) -> list[int | None]:
+    def _fill(self, arena: ArenaView, reply: ReserveReply, queued: _Queued) -> list[int | None]:
         """Fill the frames of `reply`; return the checksums of their objects."""
-        wanted = [number for number, outcome in enumerate(reply.outcomes) if outcome == RESERVE_FILL]
-        checksums: list[int | None] = []
-        for number, offset in zip(wanted, reply.frames, strict=True):
-            payload = memoryview(shards[number].numpy())
-            digests = page_digests(payload)
-            frame = arena.frame(offset, frame_bytes(len(payload)))
-            frame[: len(payload)] = payload
-            start = digests_offset(len(payload))
-            frame[start : start + len(digests)] = digests
-            checksums.append(checksum_of(digests))
-        return checksums
+        numbers = [number for number, outcome in enumerate(reply.outcomes) if outcome == RESERVE_FILL]
+        with self._lock:
+            self._filling = queued
+        try:
+            return self._engine.fill(queued.snapshot, numbers, arena, reply.frames, lambda: queued.is_wanted)
+        except Exception:
+            log.exception("cachetier: storing chunks of request %s failed", queued.store.request_id)
+            return [None] * len(numbers)
+        finally:
+            with self._let_go:
+                self._filling = None
+                self._let_go.notify_all()
 
     def _report_dropped(self) -> None:
         with self._lock:

@@ -1,7 +1,7 @@
 """The half of the connector that lives in each of vLLM's workers: carries out the scheduler half's plans.
 
-Runs on the worker's main thread between forward passes and does there only what depends on them: gathering chunks out
-of blocks. Loading and storing proper happen on the threads of `Loader` and `Storer`.
+Runs on the worker's main thread between forward passes and does there only what depends on them: taking snapshots of
+chunks. Loading and storing proper happen on the threads of `Loader` and `Storer`.
 """
 
 import logging
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from cachetier.client import expected_socket
-from cachetier.core.keys import TOKEN_BYTES
 from cachetier_connector.arena_cache import ArenaCache
 from cachetier_connector.copy_factory import make_copy_engine
 from cachetier_connector.facts import EngineFacts, layers_in_order, rank_of
@@ -41,16 +40,18 @@ class WorkerHalf:
             ConfigError: their layout is not what the model's configuration says.
         """
         ordered = [caches[name] for name in layers_in_order(caches)]
-        self._engine = make_copy_engine(ordered, vllm_config)
         number, self._is_storing = rank_of(vllm_config, facts.layout.num_kv_heads)
         shard = facts.tiling[number]
+        self._engine = make_copy_engine(ordered, vllm_config, facts, shard)
+        assert self._engine.keeps_blocks == facts.keeps_blocks, "the scheduler half would let blocks go too early"
         expected = facts.layout.object_bytes(shard, chunk_tokens=1)
         if self._engine.shard_bytes(chunk_tokens=1) != expected:
             raise ValueError(f"a token has {self._engine.shard_bytes(1)} bytes of KV on this rank, not {expected}")
         self._socket_path = expected_socket(facts.config)
         name = f"worker {vllm_config.parallel_config.rank}"
-        arenas = ArenaCache()
+        arenas = ArenaCache(self._engine.use_arena)
         self._storer = Storer(
+            self._engine,
             ServerLink(name, facts.engine, lambda: self._socket_path),
             facts.tiling,
             number,
@@ -59,17 +60,19 @@ class WorkerHalf:
         )
         self._loader = Loader(
             self._engine,
-            facts.layout,
-            shard,
             arenas,
             stall_s=facts.config.load_deadline_ms / 1000,
             report_corrupt=self._storer.report_corrupt,
         )
 
     def before_forward(self, plan: StepPlan) -> None:
-        """Gather from blocks that the coming forward pass may overwrite."""
+        """Take from blocks that the coming forward pass may overwrite, and see that nobody reads those of others."""
         self._socket_path = plan.socket_path or self._socket_path
-        self._gather(plan.stores_before)
+        self._store(plan.stores_before)
+        if plan.preempted:  # after the stores: they may be of requests that were preempted before they ended
+            self._storer.cancel(plan.preempted)
+        if plan.finished:  # not after the forward pass: a step without one does not call `after_forward` on vLLM 0.26
+            self._storer.finish(plan.finished, plan.held)
 
     def start_loads(self, plan: StepPlan) -> None:
         """Start the plan's loads in the background."""
@@ -77,10 +80,12 @@ class WorkerHalf:
             self._loader.submit(load)
 
     def after_forward(self, plan: StepPlan) -> None:
-        """Gather what the forward pass completed."""
-        self._gather(plan.stores_after)
-        if plan.finished:
-            self._storer.finish(plan.finished)
+        """Take what the forward pass completed."""
+        self._store(plan.stores_after)
+
+    def take_released(self) -> set[str]:
+        """Return the plans' held requests whose blocks are not read any more, since the last call."""
+        return self._storer.take_released()
 
     def take_finished_loads(self) -> set[str]:
         """Return the requests whose loads ended since the last call, successfully or not."""
@@ -91,16 +96,12 @@ class WorkerHalf:
         return self._loader.take_bad_blocks()
 
     def stop(self) -> None:
-        """Store what is staged and end the threads."""
-        self._loader.stop()
-        self._storer.stop()
+        """Store what is queued and end the threads."""
+        have_ended = [self._loader.stop(), self._storer.stop()]
+        if all(have_ended):
+            self._engine.stop()
 
-    def _gather(self, stores: Iterable[StoreOp]) -> None:
-        if not self._is_storing:
-            return
-        for store in stores:
-            num_chunks = len(store.tokens) // (TOKEN_BYTES * store.chunk_tokens)
-            if self._storer.has_room(num_chunks, num_chunks * self._engine.shard_bytes(store.chunk_tokens)):
-                first_token = store.position * store.chunk_tokens % self._engine.block_tokens
-                shards = self._engine.gather(store.block_ids, first_token, num_chunks, store.chunk_tokens)
-                self._storer.submit(store, shards)
+    def _store(self, stores: Iterable[StoreOp]) -> None:
+        if self._is_storing:
+            for store in stores:
+                self._storer.submit(store)

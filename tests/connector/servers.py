@@ -13,6 +13,7 @@ from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout, Shard
 from cachetier.core.messages import Match, MatchReply
 from cachetier_connector.arena_cache import ArenaCache
+from cachetier_connector.copy_base import CopyEngine
 from cachetier_connector.copy_cpu import CpuCopyEngine, as_integers
 from cachetier_connector.link import ServerLink
 from cachetier_connector.plan import LoadOp, StoreOp, chunks_to_load, tokens_to_bytes
@@ -66,7 +67,13 @@ def eventually(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> An
 class Blocks:
     """Paged blocks of one rank with the copy engine that serves them; filled with random bits."""
 
-    def __init__(self, shard: Shard = WHOLE[0], num_blocks: int = 64, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shard: Shard = WHOLE[0],
+        num_blocks: int = 64,
+        seed: int = 0,
+        engine_type: type[CpuCopyEngine] = CpuCopyEngine,
+    ) -> None:
         heads = shard.head_end - shard.head_start
         generator = torch.Generator().manual_seed(seed)
         shape = (num_blocks, heads, BLOCK, 2 * HEAD_SIZE)
@@ -75,7 +82,7 @@ class Blocks:
             for _ in range(shard.layer_start, shard.layer_end)
         ]
         in_order = torch.arange(BLOCK * HEAD_SIZE).view(BLOCK, HEAD_SIZE)
-        self.engine = CpuCopyEngine(self.caches, (in_order, in_order))
+        self.engine = engine_type(self.caches, (in_order, in_order), LAYOUT, shard)
 
     def rows(self, blocks: list[int], start: int, end: int) -> torch.Tensor:
         """Return the KV of tokens `[start, end)` of a request with these blocks: `[layers, heads, tokens, ...]`."""
@@ -105,12 +112,12 @@ class Tier:
         self.server, self.link = server, connect(server)
         namespace = self.link.namespace(identity(weights), [LAYOUT], TIMEOUT_S)
         assert namespace is not None
-        self.namespace, self.arenas = namespace, ArenaCache()
+        self.namespace, self.arenas = namespace, ArenaCache(lambda arena: None)
 
-    def storer(self, tiling: list[Shard] = WHOLE, shard: int = 0, **settings: Any) -> Storer:
+    def storer(self, engine: CopyEngine, tiling: list[Shard] = WHOLE, shard: int = 0, **settings: Any) -> Storer:
         """Return a storer with a link of its own."""
         link = connect(self.server, f"storer {shard}")
-        return Storer(link, tiling, shard, self.arenas, **({"staging_bytes": 1 << 24} | settings))
+        return Storer(engine, link, tiling, shard, self.arenas, **({"staging_bytes": 1 << 24} | settings))
 
     def store(self, tokens: list[int], tiling: list[Shard] = WHOLE, seed: int = 0) -> torch.Tensor:
         """Store random KV for all complete chunks of `tokens`, each rank its shard; return the rows of all ranks."""
@@ -119,9 +126,8 @@ class Tier:
         rows = torch.zeros(LAYERS, HEADS, end, 2, HEAD_SIZE, dtype=torch.int16)
         for number, shard in enumerate(tiling):
             paged = Blocks(shard, seed=seed + number)
-            storers.append(self.storer(tiling, number))
-            op = store_op(self.namespace, tokens[:end], blocks)
-            storers[-1].submit(op, paged.engine.gather(blocks, 0, num_chunks, CHUNK))
+            storers.append(self.storer(paged.engine, tiling, number))
+            storers[-1].submit(store_op(self.namespace, tokens[:end], blocks))
             rows[shard.layer_start : shard.layer_end, shard.head_start : shard.head_end] = paged.rows(blocks, 0, end)
         eventually(lambda: stats_of(self.server)["tokens"]["stored"] == before + end)
         for storer in storers:  # a session that ends takes along what it has not committed

@@ -58,7 +58,7 @@ class Paged:
             self.caches = [whole[:, layer] for layer in range(num_layers)]
         else:
             self.caches = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(num_layers)]
-        self.engine = CpuCopyEngine(self.caches, self.packing)
+        self.engine = CpuCopyEngine(self.caches, self.packing, LAYOUT, shard)
 
     def halves(self, layer: int) -> torch.Tensor:
         cache = as_integers(self.caches[layer])
@@ -217,7 +217,7 @@ def test_what_vllms_kernel_writes_is_gathered_as_rows_and_scattered_back_the_sam
     keys, values = (torch.randn(192, HEADS, head_size, generator=generator).to(torch.bfloat16) for _ in range(2))
     blocks = [5, 1, 3, 0, 7, 2][: -(-192 // block_tokens)]
     cache = write(keys, values, blocks, 8)
-    engine = CpuCopyEngine([cache], learnt)
+    engine = CpuCopyEngine([cache], learnt, LAYOUT, LAYOUT.whole())
     gathered = engine.gather(blocks, 0, 3, 64)
 
     rows = gathered.view(torch.bfloat16 if kv_dtype == "auto" else torch.float8_e4m3fn)
@@ -229,7 +229,7 @@ def test_what_vllms_kernel_writes_is_gathered_as_rows_and_scattered_back_the_sam
         assert torch.allclose(rows.float(), expected.float(), rtol=0.13, atol=0.002)  # it cuts off
 
     other = torch.zeros_like(cache)
-    CpuCopyEngine([other], learnt).scatter(gathered, 64, 0, blocks, 0, 192)
+    CpuCopyEngine([other], learnt, LAYOUT, LAYOUT.whole()).scatter(gathered, 64, 0, blocks, 0, 192)
     written = as_integers(write(keys, values, blocks, 8))
     assert torch.equal(as_integers(other), written)
 

@@ -25,9 +25,7 @@ class Loading:
     def __init__(self, tier, shard=WHOLE[0], stall_s=2.0) -> None:
         self.blocks, self.corrupt = Blocks(shard, seed=99), []
         self.before = Blocks(shard, seed=99)
-        self.loader = Loader(
-            self.blocks.engine, LAYOUT, shard, tier.arenas, stall_s=stall_s, report_corrupt=self.corrupt.append
-        )
+        self.loader = Loader(self.blocks.engine, tier.arenas, stall_s=stall_s, report_corrupt=self.corrupt.append)
 
     def load(self, op) -> set[int]:
         """Carry `op` out; return the bad blocks."""

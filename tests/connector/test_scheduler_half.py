@@ -17,7 +17,7 @@ from tests.connector.servers import BLOCK, CHUNK, LAYOUT, Tier, eventually, iden
 class Scheduling:
     """A scheduler half, and vLLM's part of the conversation with it."""
 
-    def __init__(self, tier: Tier, name: str, *, loads: bool = True, stores: bool = True) -> None:
+    def __init__(self, tier: Tier, name: str, *, loads: bool = True, stores: bool = True, device: str = "cpu") -> None:
         facts = EngineFacts(
             engine="e",
             config=ConnectorConfig(server=f"unix:{tier.server.socket_path}", match_deadline_ms=5000),
@@ -26,6 +26,7 @@ class Scheduling:
             block_tokens=BLOCK,
             layout=LAYOUT,
             tiling=[Shard(0, 2, 0, 2)],
+            device=device,
         )
         self.half = SchedulerHalf(facts, identity(name), lambda: tier.server.socket_path)
         self.server = tier.server
