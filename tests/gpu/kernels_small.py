@@ -1,0 +1,31 @@
+"""Every kernel once on the device, small enough for a checker of memory accesses:
+
+compute-sanitizer --tool memcheck python -m tests.gpu.kernels_small
+compute-sanitizer --tool racecheck python -m tests.gpu.kernels_small
+"""
+
+import os
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # or accesses beyond a tensor fall into PyTorch's own memory
+
+import sys
+
+import torch
+
+from tests.connector.cuda.kernel_cases import FORMS, Case, check_digests, check_gather, check_round_trip, check_scatter
+
+
+def main() -> None:
+    """Run and compare; raises where something differs."""
+    device = torch.device("cuda", 0)
+    for form in FORMS:
+        case = Case(form, torch.bfloat16, 24, 16, 20, num_chunks=3, first_token=9, skip_tokens=7, drop_tokens=3)
+        check_gather(case, device)
+        check_scatter(case, device)
+        check_round_trip(case, device)
+    check_digests([4096, 32, 4064, 4096, 2080], 3, device)
+    sys.stdout.write(f"gather, scatter and digest_pages are right on {torch.cuda.get_device_name(device)}\n")
+
+
+if __name__ == "__main__":
+    main()
