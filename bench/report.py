@@ -26,7 +26,10 @@ Parameters = tuple[tuple[str, Parameter], ...]
 
 
 class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One number: what was asked, of whom, under which circumstances, and how to measure it again."""
+    """One number: what was asked, of whom, under which circumstances, and how to measure it again.
+
+    Where it is the median of `samples`, these are kept, with `notes` on what else was counted meanwhile.
+    """
 
     question: str
     contender: str
@@ -36,6 +39,8 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hardware: str
     command: str
     date: str
+    samples: list[int | float] = msgspec.field(default_factory=list)
+    notes: dict[str, Parameter] = msgspec.field(default_factory=dict)
 
 
 def read_results(folder: Path) -> list[Result]:

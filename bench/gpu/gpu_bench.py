@@ -1,0 +1,145 @@
+"""One run that measures cachetier beside vLLM's own offloading, LMCache and no connector, on one GPU.
+
+Engines of all contenders are up at the same time and asked in turn, in random order within a round, so that whatever
+changes on the machine changes for all of them; an engine that is not asked does nothing. They differ in nothing but
+`kv_transfer_config`. Results are written after every question; a contender that fails is noted, and the rest goes on.
+
+    python -m bench.gpu.gpu_bench                  everything, about eight minutes on an H200
+    python -m bench.gpu.gpu_bench --rehearse       on the CPU with a tiny model: does it run?
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.gpu import questions
+from bench.gpu.contenders import Cachetier, Contender, Lmcache, native, start_server
+from bench.gpu.lab import QUESTIONS, Lab, Question, hardware_name, timed
+from bench.gpu.raw import measure_copies
+from bench.gpu.setting import Setting, rehearsal
+from bench.record import RESULTS_DIR
+
+CONTENDERS = ("none", "cachetier", "vllm-native", "lmcache")
+ON_HOST: dict[str, Question] = {
+    "ttft_host": questions.ttft_host,
+    "cold_prefill": questions.cold_prefill,
+    "long_documents": questions.long_documents,
+    "device_bytes": questions.device_bytes,
+}
+
+
+def main() -> int:
+    """Measure; return 1 if anything failed."""
+    options = parse()
+    with tempfile.TemporaryDirectory(prefix="cachetier-bench-") as name:
+        setting = rehearsal(Path(name)) if options.rehearse else Setting(folder=Path(name), is_eager=options.eager)
+        if options.rounds:
+            setting = dataclasses.replace(setting, rounds=options.rounds)
+        lab = Lab(setting, options.out, hardware_name())
+        run = Run(lab, options)
+        try:
+            run.all()
+        finally:
+            run.stop()
+            lab.save()
+            if options.logs:
+                run.keep_logs(options.logs)
+    print(lab.table(), flush=True)
+    return 1 if lab.errors else 0
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS_DIR / "gpu.json")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
+    parser.add_argument("--rounds", type=int, default=0, help="how often each prompt is asked")
+    parser.add_argument("--seconds", type=float, default=480, help="no question is begun after so long")
+    parser.add_argument("--eager", action="store_true", help="neither torch.compile nor CUDA graphs, for all")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny model")
+    parser.add_argument("--logs", type=Path, help="folder that gets the ends of all logs")
+    return parser.parse_args()
+
+
+class Run:
+    """The order of things: which engines are up for which questions."""
+
+    def __init__(self, lab: Lab, options: argparse.Namespace) -> None:
+        self._lab, self._setting, self._options = lab, lab.setting, options
+        self._start_s = time.monotonic()
+        self._server = None
+
+    def all(self) -> None:
+        """Ask all questions that were asked for."""
+        if not self._setting.is_rehearsal:
+            self._lab.limits = measure_copies()
+            print(f"-- pinned copies: {self._lab.limits}", file=sys.stderr)
+        if self._wants(ON_HOST):
+            self._server = start_server(self._setting, "host", disk_bytes=0)
+            self.start([self._make(name) for name in self._options.contenders])
+            self.ask(ON_HOST)
+
+    def start(self, contenders: Sequence[Contender]) -> None:
+        """Start contenders: the first alone, so that the others find what it compiled, then all at once."""
+        began_s = time.monotonic()
+        one_by_one = [[contender] for contender in contenders]
+        for batch in one_by_one if self._setting.is_rehearsal else [contenders[:1], contenders[1:]]:
+            self._lab.live |= {contender.name: contender for contender in batch}
+            self._lab.each(Contender.start, *(contender.name for contender in batch))
+            self._lab.each(self._note_start, *(contender.name for contender in batch))
+        timed("starting " + ", ".join(each.name for each in contenders), began_s)
+
+    def ask(self, wanted: dict[str, Question]) -> None:
+        """Ask those of the questions that were asked for, as long as there is time."""
+        for name, question in wanted.items():
+            if name not in self._options.questions:
+                continue
+            if time.monotonic() - self._start_s > self._options.seconds:
+                self._lab.errors.append(f"{name}: no time left")
+                continue
+            began_s = time.monotonic()
+            try:
+                question(self._lab)
+            except Exception as error:
+                self._lab.fail(name, error)
+            self._lab.save()
+            timed(name, began_s)
+
+    def stop(self) -> None:
+        """Stop whatever runs."""
+        for contender in self._lab.live.values():
+            contender.stop()
+        if self._server is not None:
+            self._server.kill()
+            self._server.clear()
+
+    def keep_logs(self, folder: Path) -> None:
+        """Copy the ends of all logs."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for log in self._setting.folder.rglob("*.log"):
+            (folder / log.name).write_bytes(log.read_bytes()[-200_000:])
+
+    def _wants(self, wanted: dict[str, Question]) -> bool:
+        return any(name in self._options.questions for name in wanted)
+
+    def _make(self, name: str) -> Contender:
+        setting = self._setting
+        if name == "none":
+            return Contender("none", setting, None)
+        if name == "vllm-native":
+            return native(setting)
+        return Lmcache(setting) if name == "lmcache" else Cachetier(setting, self._server)
+
+    def _note_start(self, contender: Contender) -> None:
+        print(f"-- {contender.name} is up after {contender.wait_until_ready():.1f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    sys.exit(main())

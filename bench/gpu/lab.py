@@ -1,0 +1,122 @@
+"""Who is still in the race, what was found, and the file that keeps it: written after every question."""
+
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.contenders import Contender, MissError
+from bench.gpu.setting import Setting
+from bench.record import hardware, row
+
+Question = Callable[["Lab"], None]
+
+
+class Lab:
+    """One run of the benchmark."""
+
+    def __init__(self, setting: Setting, out: Path, hardware_name: str) -> None:
+        """Keep what `out` holds already, but for what is measured again."""
+        self.setting = setting
+        self.live: dict[str, Contender] = {}
+        self.limits: dict[str, float] = {}
+        self.errors: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+        self.random = random.Random(0)
+        self._out, self._hardware = out, hardware_name
+        self._next_seed = 1
+
+    def seed(self) -> int:
+        """Return a seed for text that nobody has seen."""
+        self._next_seed += 1
+        return self._next_seed
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Write an error down, and stop the contender."""
+        self.note(f"{name}: {type(error).__name__}: {error}")
+        if contender := self.live.pop(name, None):
+            contender.stop()
+
+    def note(self, error: str) -> None:
+        """Write an error down."""
+        self.errors.append(error)
+        print(f"!! {error}", file=sys.stderr, flush=True)
+
+    def each(self, do: Callable[[Contender], None], *names: str) -> None:
+        """Do something with every contender (or those of `names`) that lives, in random order."""
+        chosen = [name for name in names or list(self.live) if name in self.live]
+        for name in self.random.sample(chosen, len(chosen)):
+            try:
+                do(self.live[name])
+            except MissError as error:
+                self.note(str(error))
+            except Exception as error:
+                self.fail(name, error)
+
+    def add(
+        self, question: str, contender: str, samples: list[float], unit: str, notes: Any = None, **parameters: Any
+    ) -> None:
+        """Add one result, the median of `samples`; nothing if there are none."""
+        if not samples:
+            return
+        found = row(question, contender, _rounded(statistics.median(samples)), unit, **parameters)
+        self.rows.append(found | {"samples": [_rounded(sample) for sample in samples], "notes": notes or {}})
+
+    def save(self) -> None:
+        """Write all rows to the file, in place of older ones to the same questions."""
+        command = " ".join(["python -m bench.gpu.gpu_bench", *sys.argv[1:]])
+        common = {"hardware": self._hardware, "command": command, "date": datetime.now(UTC).date().isoformat()}
+        kept = json.loads(self._out.read_text()) if self._out.exists() else []
+        found = {(each["question"], each["contender"]) for each in self.rows}
+        kept = [each for each in kept if (each["question"], each["contender"]) not in found]
+        rows = sorted([*kept, *({**each, **common} for each in self.rows)], key=_place)
+        self._out.write_text(json.dumps(rows, indent=1) + "\n")
+
+    def table(self) -> str:
+        """Return what this run found, a line a result."""
+        lines = []
+        for each in sorted(self.rows, key=_place):
+            parameters = ", ".join(f"{key}={value}" for key, value in each["parameters"].items())
+            spread = f"{min(each['samples']):g}..{max(each['samples']):g}"
+            start = f"{each['question']:22} {each['contender']:12} {each['value']:>10g} {each['unit']:9}"
+            lines.append(f"{start} {spread:>22}  {parameters}")
+        return "\n".join([*lines, *(f"!! {error.splitlines()[0]}" for error in self.errors)])
+
+
+QUESTIONS = (
+    "ttft_host",
+    "cold_prefill",
+    "cold_prefill_cost",
+    "bidirectional",
+    "ttft_gpu_tier",
+    "disk_read",
+    "long_documents",
+    "checksum_cost",
+    "device_bytes",
+)
+
+
+def _place(each: dict[str, Any]) -> int:
+    return QUESTIONS.index(each["question"]) if each["question"] in QUESTIONS else len(QUESTIONS)
+
+
+def _rounded(value: float) -> float:
+    return round(value, 3) if abs(value) < 1000 else round(value, 1)
+
+
+def hardware_name() -> str:
+    """Return the GPUs, the CPU and the number of cores."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return "; ".join([*gpus, hardware()])
+
+
+def timed(what: str, start_s: float) -> None:
+    """Say how long something took."""
+    print(f"-- {what}: {time.monotonic() - start_s:.1f} s", file=sys.stderr, flush=True)
