@@ -16,14 +16,19 @@ def row(question: str, contender: str, value: float, unit: str, **parameters: An
     return {"question": question, "contender": contender, "parameters": parameters, "value": value, "unit": unit}
 
 
-def record(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write `rows` to bench/results/NAME.json, in their order, and print them."""
+def record(name: str, rows: list[dict[str, Any]], *, path: Path | None = None, gpu: str = "") -> None:
+    """Write `rows` to bench/results/NAME.json or `path`, in their order, and print them; `gpu` names what ran it."""
     script = Path(sys.argv[0])
     command = shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
-    common = {"hardware": hardware(), "command": command, "date": datetime.now(UTC).date().isoformat()}
-    RESULTS_DIR.mkdir(exist_ok=True)
+    common = {
+        "hardware": ", ".join(filter(None, [gpu, hardware()])),
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    path = path or RESULTS_DIR / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps([{**each, **common} for each in rows], indent=2)
-    (RESULTS_DIR / f"{name}.json").write_text(text + "\n")
+    path.write_text(text + "\n")
     for each in rows:
         parameters = ", ".join(f"{key}={value}" for key, value in each["parameters"].items())
         print(f"{each['question']:50}  {each['contender']:22}  {each['value']:>12} {each['unit']:6}  {parameters}")
