@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
 )
 
 from cachetier.client import ServerHandle, ensure_server
@@ -45,6 +46,24 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
 
     def __init__(self, plan: StepPlan) -> None:
         self.plan = plan
+
+
+class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What a worker tells the scheduler half with a step's output.
+
+    Attributes:
+        step: number of the step that ran.
+        load_s: how long the loads took that ended meanwhile, by request.
+    """
+
+    def __init__(self, step: int, load_s: dict[str, float]) -> None:
+        self.step, self.load_s = step, load_s
+
+    def aggregate(self, other: "KVConnectorWorkerMetadata") -> "StepReport":
+        """Return what two ranks tell: a load is as slow as its slowest rank."""
+        assert isinstance(other, StepReport)
+        slowest = {name: max(seconds, other.load_s.get(name, 0.0)) for name, seconds in self.load_s.items()}
+        return StepReport(self.step, other.load_s | slowest)
 
 
 class PrivateServer:
@@ -118,6 +137,9 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return StepMetadata(self._scheduling.build_plan(scheduler_output))
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        report = connector_output.kv_connector_worker_meta
+        if report is not None:
+            self._scheduling.learn(report.step, report.load_s)
         self._scheduling.update_from_workers(
             connector_output.finished_recving or (), connector_output.invalid_block_ids or set()
         )
@@ -150,6 +172,10 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return self._working.take_released(), self._working.take_finished_loads()
+
+    def build_connector_worker_meta(self) -> StepReport | None:
+        step, load_s = self._plan.step, self._working.take_load_seconds()
+        return StepReport(step, load_s) if step or load_s else None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._working.take_bad_blocks()

@@ -9,6 +9,7 @@ before its request counts as finished, as vLLM demands.
 """
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -22,7 +23,7 @@ from cachetier.core.arena_format import STATE_FILLING, STATE_READY
 from cachetier.core.errors import CachetierError
 from cachetier_connector.arena_cache import ArenaCache
 from cachetier_connector.copy_base import CopyEngine, LoadRun
-from cachetier_connector.plan import ChunkSource, LoadOp
+from cachetier_connector.plan import LoadOp
 
 NUM_THREADS = 2
 GROUP_CHUNKS = 16
@@ -55,6 +56,7 @@ class Loader:
         self._lock = threading.Lock()
         self._finished: set[str] = set()
         self._bad_blocks: set[int] = set()
+        self._seconds: dict[str, float] = {}
         self._loads: queue.SimpleQueue[tuple[LoadOp, Any] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"cachetier-loader-{number}", daemon=True)
@@ -79,6 +81,12 @@ class Loader:
             bad, self._bad_blocks = self._bad_blocks, set()
         return bad
 
+    def take_seconds(self) -> dict[str, float]:
+        """Return how long the loads took that ended since the last call, by request."""
+        with self._lock:
+            seconds, self._seconds = self._seconds, {}
+        return seconds
+
     def stop(self) -> bool:
         """End the threads after the loads under way; tell whether they have ended."""
         for _ in self._threads:
@@ -90,7 +98,7 @@ class Loader:
     def _run(self) -> None:
         torch.set_num_threads(1)  # this thread's copies must not take the cores that compute
         while (submitted := self._loads.get()) is not None:
-            load, fence = submitted
+            (load, fence), start_s = submitted, time.monotonic()
             try:
                 end = self._load(load, fence)
             except Exception:
@@ -101,6 +109,7 @@ class Loader:
                     block_tokens = self._engine.block_tokens
                     self._bad_blocks.update(load.block_ids[end // block_tokens : -(-load.end // block_tokens)])
                 self._finished.add(load.request_id)
+                self._seconds[load.request_id] = time.monotonic() - start_s
 
     def _load(self, load: LoadOp, fence: Any) -> int:
         """Carry out `load`; return up to which token that worked."""
@@ -111,7 +120,7 @@ class Loader:
             return load.start
         run = self._engine.open_load(arena, load, fence)
         try:
-            self._push_as_ready(arena, load.chunks.unpack(load.tilings), run)
+            self._push_as_ready(arena, load, run)
         finally:
             num_good = run.finish()
         if run.corrupt_key is not None:
@@ -120,11 +129,12 @@ class Loader:
         end = (load.first_chunk + num_good) * load.chunk_tokens
         return min(load.end, end) if num_good else load.start
 
-    def _push_as_ready(self, arena: ArenaView, chunks: Sequence[ChunkSource], run: LoadRun) -> None:
-        """Push `chunks` in order, up to the first that does not arrive: what is ready together goes together."""
-        first = 0
+    def _push_as_ready(self, arena: ArenaView, load: LoadOp, run: LoadRun) -> None:
+        """Push chunks in order, up to the first that does not arrive: what is ready together goes together."""
+        chunks, first = load.chunks.unpack(load.tilings), 0
+        patient_until_s = time.monotonic() + (math.inf if load.patience_s is None else load.patience_s)
         while first < len(chunks) and run.corrupt_key is None:
-            if not self._wait_until_ready(arena, chunks[first].frames):
+            if not self._wait_until_ready(arena, chunks[first].frames, patient_until_s):
                 log.warning("cachetier: a chunk did not arrive in time or could not be read; computing from there")
                 return
             end, end_max = first + 1, min(first + GROUP_CHUNKS, len(chunks))
@@ -133,8 +143,8 @@ class Loader:
             run.push(chunks[first:end])
             first = end
 
-    def _wait_until_ready(self, arena: ArenaView, frames: Sequence[int]) -> bool:
-        deadline_s = time.monotonic() + self._stall_s
+    def _wait_until_ready(self, arena: ArenaView, frames: Sequence[int], patient_until_s: float) -> bool:
+        deadline_s = min(time.monotonic() + self._stall_s, patient_until_s)
         for frame in frames:
             while (state := arena.state(frame)) == STATE_FILLING:
                 if time.monotonic() > deadline_s:

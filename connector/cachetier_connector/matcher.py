@@ -17,7 +17,7 @@ import msgspec
 
 from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout
-from cachetier.core.messages import LeaseUse, Match, Release, Renew, Report
+from cachetier.core.messages import LeaseUse, Match, Release, Renew, Report, Trim
 from cachetier_connector.facts import adapter_of, inputs_of
 from cachetier_connector.fingerprint import fingerprint_folder
 from cachetier_connector.link import ServerLink
@@ -75,6 +75,23 @@ class Matcher:
         if lease := ticket.reply.lease:
             use = LeaseUse(lease=lease, host_tokens=host_tokens, disk_tokens=disk_tokens)
             self._submit(lambda: self._release(ticket, use))
+
+    def trim(self, ticket: MatchTicket, num_chunks: int) -> None:
+        """Say that only the first `num_chunks` chunks that `ticket` holds will be loaded. Never blocks."""
+        self._submit(lambda: self._trim(ticket, num_chunks))
+
+    def report_rates(self, prefill_tokens_per_s: float, load_tokens_per_s: float) -> None:
+        """Tell the server what the engine has measured, for people to see; 0: nothing yet."""
+        self._submit(
+            lambda: self._link.call(
+                lambda session: Report(
+                    session=session,
+                    prefill_tokens_per_s=prefill_tokens_per_s,
+                    load_tokens_per_s=load_tokens_per_s,
+                ),
+                RELEASE_TIMEOUT_S,
+            )
+        )
 
     def report_failed_load(self) -> None:
         """Count a load that did not bring all it promised."""
@@ -140,7 +157,7 @@ class Matcher:
             with self._ticket_lock:
                 ticket.namespace, ticket.tokens, ticket.chunk_tokens = namespace, tokens, server.chunk_tokens
                 ticket.arena_path, ticket.instance = server.arena_path, server.instance
-                ticket.reply = reply
+                ticket.reply, ticket.replied_s = reply, time.monotonic()
             if reply is not None and reply.lease:
                 self._leased[reply.lease] = ticket
         finally:
@@ -166,6 +183,12 @@ class Matcher:
             return  # that server is gone, and its leases with it
         self._leased.pop(use.lease, None)
         self._link.call(lambda session: Release(session=session, uses=[use]), RELEASE_TIMEOUT_S)
+
+    def _trim(self, ticket: MatchTicket, num_chunks: int) -> None:
+        if self._link.server is None or self._link.server.instance != ticket.instance or ticket.reply is None:
+            return
+        lease = ticket.reply.lease
+        self._link.call(lambda session: Trim(session=session, lease=lease, num_chunks=num_chunks), RELEASE_TIMEOUT_S)
 
     def _report_failed_load(self) -> None:
         self._link.call(lambda session: Report(session=session, loads_failed=1), RELEASE_TIMEOUT_S)

@@ -56,6 +56,7 @@ class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
         tilings: the tilings that `chunks` refer to.
         block_ids: the request's block table from its first block on.
         arena_path, instance: the arena that the frames lie in.
+        patience_s: how long the load waits for frames that are still being filled, in all; None: as long as they come.
     """
 
     request_id: str
@@ -68,6 +69,7 @@ class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
     block_ids: list[int]
     arena_path: str
     instance: str
+    patience_s: float | None = None
 
 
 class StoreOp(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +100,7 @@ class StepPlan(msgspec.Struct, kw_only=True):
     """What the workers do in one step.
 
     Attributes:
+        step: its number, which the workers send back with the step's output.
         socket_path: the server's socket, empty while there is none.
         stores_before: from blocks that vLLM has already taken back: before the step's forward pass overwrites them.
         stores_after: from blocks that this step's forward pass completes.
@@ -107,6 +110,7 @@ class StepPlan(msgspec.Struct, kw_only=True):
         held: those of `finished` whose blocks vLLM keeps until every worker has reported that it reads them no more.
     """
 
+    step: int = 0
     socket_path: str = ""
     stores_before: list[StoreOp] = []
     stores_after: list[StoreOp] = []

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cachetier.core.messages import MatchReply
+from cachetier_connector.break_even import Choice
 
 
 @dataclasses.dataclass(slots=True)
@@ -18,6 +19,8 @@ class MatchTicket:
         extras: digests of the request's multimodal inputs by chunk.
         chunk_tokens: tokens a chunk.
         reply: what is held, None if the server could not tell.
+        replied_s: when that was so.
+        choice: what of it is worth loading; the scheduler thread decides when vLLM first asks.
         arena_path, instance: the arena that the reply's frames lie in.
         is_abandoned: set by the scheduler thread: nothing will be loaded, a lease that still comes is to be given back.
         is_released: the lease was given back or has expired.
@@ -29,6 +32,8 @@ class MatchTicket:
     extras: list[tuple[int, bytes]] = dataclasses.field(default_factory=list)
     chunk_tokens: int = 0
     reply: MatchReply | None = None
+    replied_s: float = 0.0
+    choice: Choice | None = None
     arena_path: str = ""
     instance: str = ""
     is_done: bool = False
@@ -49,6 +54,7 @@ class TrackedRequest:
         matched_from: tokens that vLLM held itself when it last asked what can be loaded beyond them.
         next_chunk: the first chunk that has not been handed to the workers and is not known to be held.
         loading: tokens `[start, end)` being loaded, None when no load is under way.
+        load_s: how long the slowest rank's load took.
         failed_at: first token that the load under way could not bring, None while there is none.
         has_stores: chunks in the blocks that it has now were handed to the workers.
         is_finished: vLLM is done with it, except for a load under way.
@@ -63,6 +69,7 @@ class TrackedRequest:
     matched_from: int = 0
     next_chunk: int = 0
     loading: tuple[int, int] | None = None
+    load_s: float = 0.0
     failed_at: int | None = None
     has_stores: bool = False
     is_finished: bool = False

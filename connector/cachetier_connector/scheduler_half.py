@@ -10,13 +10,14 @@ the blocks later than that, vLLM is asked to keep them until all workers have le
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from cachetier.core.keys import KEY_BYTES, TOKEN_BYTES, ModelIdentity
 from cachetier.core.messages import TIER_DISK, TIER_HOST
+from cachetier_connector.break_even import BreakEven, Hit
 from cachetier_connector.facts import EngineFacts, is_addressable, may_read
 from cachetier_connector.link import ServerLink
 from cachetier_connector.matcher import Matcher
@@ -30,7 +31,8 @@ from cachetier_connector.plan import (
     split_by_tier,
     tokens_to_bytes,
 )
-from cachetier_connector.requests import TrackedRequest, wishes_of
+from cachetier_connector.prefill_rate import work_of
+from cachetier_connector.requests import MatchTicket, TrackedRequest, wishes_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -54,6 +56,7 @@ class SchedulerHalf:
         """
         self._facts = facts
         self._requests: dict[str, TrackedRequest] = {}
+        self._break_even, self._step = BreakEven(), 0
         self._plan = StepPlan()
         self._socket_path = ""
 
@@ -106,7 +109,7 @@ class SchedulerHalf:
         if ticket.reply is None or not ticket.reply.lease:
             return 0, False
         tracked.matched_from = num_computed_tokens
-        end = loadable_end(ticket.reply.num_chunks, ticket.chunk_tokens, request.num_tokens)
+        end = loadable_end(self._worth_loading(tracked, ticket), ticket.chunk_tokens, request.num_tokens)
         return (end - num_computed_tokens, True) if end > num_computed_tokens else (0, False)
 
     def update_state_after_alloc(self, request: "Request", block_ids: list[int], num_external_tokens: int) -> None:
@@ -126,7 +129,7 @@ class SchedulerHalf:
         assert ticket.reply is not None
         start, end = tracked.matched_from, tracked.matched_from + num_external_tokens
         first_chunk, chunks = chunks_to_load(ticket.reply, start, end, ticket.chunk_tokens)
-        tracked.loading, tracked.failed_at = (start, end), None
+        tracked.loading, tracked.failed_at, tracked.load_s = (start, end), None, 0.0
         tracked.block_ids, tracked.computed_end = list(block_ids), end
         self._plan.loads.append(
             LoadOp(
@@ -140,6 +143,7 @@ class SchedulerHalf:
                 block_ids=tracked.block_ids,
                 arena_path=ticket.arena_path,
                 instance=ticket.instance,
+                patience_s=ticket.choice.patience_s if ticket.choice else None,
             )
         )
 
@@ -160,8 +164,20 @@ class SchedulerHalf:
         if self._facts.keeps_blocks:  # all of them: one that ended since is not tracked any more
             self._plan.preempted = list(output.preempted_req_ids or ())
         plan, self._plan = self._plan, StepPlan()
+        if output.num_scheduled_tokens:
+            self._step += 1
+            plan.step = self._step
+            self._break_even.prefill.begin(self._step, work_of(output), time.monotonic())
         plan.socket_path = self._socket_path
         return plan
+
+    def learn(self, step: int, load_s: Mapping[str, float]) -> None:
+        """Learn from the output of a step how long it took, and loads that ended meanwhile."""
+        if step:
+            self._break_even.prefill.end(step, time.monotonic())
+        for request_id, seconds in load_s.items():
+            if tracked := self._requests.get(request_id):
+                tracked.load_s = max(tracked.load_s, seconds)
 
     def update_from_workers(self, finished_loading: Iterable[str], bad_blocks: set[int]) -> None:
         """Learn which loads ended, and which blocks they could not fill (perhaps in an earlier step)."""
@@ -210,6 +226,26 @@ class SchedulerHalf:
             self._matcher.release(tracked.ticket)
         del self._requests[tracked.id]
 
+    def _worth_loading(self, tracked: TrackedRequest, ticket: MatchTicket) -> int:
+        """Return how many chunks of a hit to load. Decided when vLLM first asks: waiting until then costs nothing."""
+        reply, request = ticket.reply, tracked.request
+        assert reply is not None
+        if ticket.choice is None:
+            hit = Hit(
+                num_tokens=request.num_tokens,
+                num_computed=tracked.matched_from,
+                chunk_tokens=ticket.chunk_tokens,
+                tiers=reply.tiers,
+                ready_in_s=reply.ready_in_s,
+                elapsed_s=time.monotonic() - ticket.replied_s,
+            )
+            ticket.choice = self._break_even.choose(hit)
+            if ticket.choice.num_chunks < reply.num_chunks:
+                self._matcher.trim(ticket, ticket.choice.num_chunks)
+            if rates := self._break_even.news(request.num_tokens, time.monotonic()):
+                self._matcher.report_rates(*rates)
+        return ticket.choice.num_chunks
+
     def _end_load(self, tracked: TrackedRequest, start: int, end: int) -> None:
         ticket, tracked.loading = tracked.ticket, None
         assert ticket is not None
@@ -219,6 +255,8 @@ class SchedulerHalf:
             tracked.may_load = False  # or the same load would be tried again
             self._matcher.report_failed_load()
         tiers = split_by_tier(ticket.reply, start, end, ticket.chunk_tokens)
+        if tracked.failed_at is None and tiers.keys() == {TIER_HOST}:
+            self._break_even.load.learn(end - start, tracked.load_s)
         self._matcher.release(ticket, tiers.get(TIER_HOST, 0), tiers.get(TIER_DISK, 0))
         if tracked.failed_at is not None:  # what was not there after all is worth storing
             ticket.reply = msgspec.structs.replace(ticket.reply, num_chunks=end // ticket.chunk_tokens)

@@ -91,6 +91,10 @@ class WorkerHalf:
         """Return the requests whose loads ended since the last call, successfully or not."""
         return self._loader.take_finished()
 
+    def take_load_seconds(self) -> dict[str, float]:
+        """Return how long the loads took that ended since the last call, by request."""
+        return self._loader.take_seconds()
+
     def take_bad_blocks(self) -> set[int]:
         """Return the blocks that loads could not fill, since the last call."""
         return self._loader.take_bad_blocks()
