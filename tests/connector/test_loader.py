@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from msgspec.structs import replace
 
 from cachetier.core.arena_format import STATE_BAD, STATE_FILLING, STATE_READY
 from cachetier.core.layout import PAGE_BYTES, Shard, digests_offset
+from cachetier_connector import loader as loader_module
+from cachetier_connector.copy_cpu import CpuLoadRun
 from cachetier_connector.loader import Loader
 from tests.connector.servers import BLOCK, CHUNK, HALVES, LAYOUT, WHOLE, Blocks, blocks_for, eventually, tokens_of
 
@@ -169,4 +172,53 @@ def test_a_reply_that_makes_no_sense_fails_its_load_and_not_the_thread(tier):
     loading = Loading(tier)
     assert loading.load(replace(op, chunks=outside)) == set(blocks)
     assert loading.load(op) == set()
+    loading.loader.stop()
+
+
+class FailingRun(CpuLoadRun):
+    """Fails at its second push, and remembers what it was asked."""
+
+    log: ClassVar[list[str]] = []
+
+    def push(self, group):
+        self.log.append("push")
+        if len(self.log) == 2:
+            raise RuntimeError("the device is gone")
+        super().push(group)
+
+    def finish(self):
+        self.log.append("finish")
+        return super().finish()
+
+
+def test_a_run_that_fails_is_finished_before_its_blocks_are_given_up(tier, monkeypatch):
+    """Else a device might still write to blocks that belong to others."""
+    tokens, table = tokens_of(8, 16 * CHUNK), blocks_for(16 * CHUNK)
+    tier.store(tokens)
+    op = tier.load_op(tier.match(tokens), 0, 16 * CHUNK, table)
+    loading = Loading(tier)
+    engine = loading.blocks.engine
+    monkeypatch.setattr(loader_module, "GROUP_CHUNKS", 4)
+    monkeypatch.setattr(engine, "open_load", lambda arena, load, _: FailingRun(engine, LAYOUT, WHOLE[0], arena, load))
+    assert loading.load(op) == set(table)
+    assert FailingRun.log == ["push", "push", "finish"]
+    loading.loader.stop()
+
+
+def test_each_load_waits_for_what_was_launched_when_it_was_submitted(tier, monkeypatch):
+    tokens, blocks = tokens_of(9, CHUNK), blocks_for(CHUNK)
+    tier.store(tokens)
+    op = tier.load_op(tier.match(tokens), 0, CHUNK, blocks)
+    loading, seen = Loading(tier), []
+    engine, open_load = loading.blocks.engine, loading.blocks.engine.open_load
+    monkeypatch.setattr(engine, "fence", threading.get_ident)
+
+    def open_and_remember(arena, load, fence):
+        seen.append((fence, threading.get_ident()))
+        return open_load(arena, load, None)
+
+    monkeypatch.setattr(engine, "open_load", open_and_remember)
+    assert loading.load(op) == set()
+    [(fence, thread)] = seen
+    assert fence == threading.get_ident() != thread
     loading.loader.stop()

@@ -268,3 +268,90 @@ def test_inputs_count_from_the_first_chunk_of_an_op(scheduling):
     half.build_plan(step_of({"r": ([1, 2], 0, 64)}))
     op = half.build_plan(step_of(running={"r": ([3, 4, 5, 6, 7], 64, 136)})).stores_after[0]
     assert (op.position, [number for number, _ in op.extras]) == (1, [0])
+
+
+@pytest.mark.parametrize("num_wanted", [30, CHUNK, 2 * CHUNK - 40])
+def test_a_hit_that_vllm_shortens_from_its_end_is_loaded_from_its_start(tier, scheduling, num_wanted):
+    tokens = tokens_of(17, 200)
+    tier.store(tokens[: 2 * CHUNK])
+    half, request = scheduling.half, FakeRequest("r", tokens)
+    scheduling.arrive(request)
+    assert scheduling.ask(request, num_computed=32) == 2 * CHUNK - 32
+    half.update_state_after_alloc(request, [5, 6, 7, 8], num_wanted)
+    [load] = half.build_plan(step_of()).loads
+    assert (load.start, load.end, load.first_chunk) == (32, 32 + num_wanted, 0)
+    assert len(load.chunks.unpack(load.tilings)) == -(-load.end // CHUNK)
+    half.update_from_workers(["r"], set())
+
+
+@pytest.fixture
+def keeping(tier, request) -> Iterator[Scheduling]:
+    """The scheduler half of an engine whose stores read the blocks later."""
+    scheduling = Scheduling(tier, request.node.name, device="cuda")
+    yield scheduling
+    scheduling.half.stop()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_vllm_keeps_blocks_only_where_stores_read_them_later(tier, request, device):
+    half = (scheduling := Scheduling(tier, request.node.name, device=device)).half
+    storing, short = FakeRequest("storing", tokens_of(20, 100)), FakeRequest("short", tokens_of(21, 50))
+    for asking in (storing, short):
+        scheduling.arrive(asking)
+    half.build_plan(step_of({"storing": ([1, 2, 3, 4], 0, 100), "short": ([5, 6], 0, 50)}))
+    assert half.request_finished(storing) == (device == "cuda")
+    assert not half.request_finished(short)
+    plan = half.build_plan(step_of())
+    assert plan.finished == ["storing", "short"]
+    assert plan.held == (["storing"] if device == "cuda" else [])
+    half.stop()
+
+
+def test_blocks_are_kept_for_a_chunk_that_is_handed_over_only_when_its_request_ends(keeping):
+    half, request = keeping.half, FakeRequest("r", tokens_of(22, 63))
+    keeping.arrive(request)
+    half.build_plan(step_of({"r": ([5, 6], 0, 63)}))
+    half.build_plan(step_of(running={"r": ([], 63, 1)}))
+    request.decode(1)
+    request.decode(2)
+    assert half.request_finished(request)
+    plan = half.build_plan(step_of())
+    assert (len(plan.stores_before), plan.held) == (1, ["r"])
+
+
+def test_a_request_that_ends_while_it_loads_is_reported_by_its_load_alone(tier, keeping):
+    """vLLM frees its blocks when the load is reported, and must not be told a second time."""
+    tokens = tokens_of(23, 200)
+    tier.store(tokens[: 2 * CHUNK])
+    half, request = keeping.half, FakeRequest("r", tokens)
+    keeping.arrive(request)
+    half.update_state_after_alloc(request, [5, 6, 7, 8], 128)
+    assert not half.request_finished(request)
+    plan = half.build_plan(step_of())
+    assert (plan.finished, plan.held) == (["r"], [])
+    half.update_from_workers(["r"], set())
+
+
+def test_after_a_preemption_nothing_is_kept_and_all_chunks_are_handed_over_again(keeping):
+    """What was queued of them may have been dropped."""
+    half, request = keeping.half, FakeRequest("r", tokens_of(24, 150))
+    keeping.arrive(request)
+    assert stored(half.build_plan(step_of({"r": ([1, 2, 3, 4], 0, 128)}))) == [(0, 2, [1, 2, 3, 4])]
+    assert half.build_plan(step_of(preempted={"r"})).preempted == ["r"]
+    assert keeping.ask(request) == 0
+    resumed = step_of(running={"r": ([20, 21, 22, 23, 24], 0, 150)}, resumed={"r"})
+    [op] = half.build_plan(resumed).stores_after
+    assert (op.position, op.parent, op.block_ids) == (0, b"", [20, 21, 22, 23])
+    half.build_plan(step_of(preempted={"r"}))
+    assert not half.request_finished(request)
+    plan = half.build_plan(step_of())
+    assert (plan.stores_before, plan.held) == ([], [])
+
+
+def test_a_request_that_was_preempted_and_ended_between_two_steps_is_cancelled_too(keeping):
+    """As when all running requests are preempted because the prefix cache is reset."""
+    half, request = keeping.half, FakeRequest("r", tokens_of(25, 150))
+    keeping.arrive(request)
+    half.build_plan(step_of({"r": ([1, 2, 3, 4, 5], 0, 150)}))
+    half.request_finished(request)
+    assert half.build_plan(step_of(preempted={"r"})).preempted == ["r"]

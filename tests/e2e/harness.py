@@ -37,6 +37,7 @@ class Engine:
         connector: dict | None = None,
         probe_dir: Path | None = None,
         kv_role: str = "kv_both",
+        connector_class: str = "",
         **arguments,
     ) -> None:
         """Start it.
@@ -46,6 +47,7 @@ class Engine:
             connector: `kv_connector_extra_config`, or None for a plain engine.
             probe_dir: where the KV of every request goes, if anywhere.
             kv_role: what the connector may do.
+            connector_class: a connector for tests, `module.Class`, instead of cachetier's own.
             arguments: vLLM's engine arguments.
         """
         options = {
@@ -56,9 +58,12 @@ class Engine:
             "seed": 0,
         } | arguments
         if connector is not None:
+            if probe_dir:
+                connector_class = "tests.e2e.probe_connector.ProbeConnector"
+            module, _, name = connector_class.rpartition(".")
             options["kv_transfer_config"] = {
-                "kv_connector": "ProbeConnector" if probe_dir else "CachetierConnector",
-                "kv_connector_module_path": "tests.e2e.probe_connector" if probe_dir else _connector_module(),
+                "kv_connector": name or "CachetierConnector",
+                "kv_connector_module_path": module or _connector_module(),
                 "kv_role": kv_role,
                 "kv_connector_extra_config": connector,
             }
@@ -91,6 +96,7 @@ class Engine:
             )
         os.close(write_end)
         self._replies = os.fdopen(read_end)
+        self.is_busy = False
         try:
             assert self._read(START_S) == "ready"
         except BaseException:
@@ -103,7 +109,8 @@ class Engine:
         return self._read(REPLY_S)
 
     def start(self, name: str, **arguments) -> None:
-        """Start a call; `finish` returns its reply."""
+        """Start a call; `finish` returns its reply. Until then the engine is busy."""
+        self.is_busy = True
         self.process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
         self.process.stdin.flush()
 
@@ -140,6 +147,7 @@ class Engine:
         if not line:
             tail = self.log.read_text(errors="replace")[-4000:]
             raise AssertionError(f"the engine {'died' if ready else f'did not answer within {timeout_s} s'}:\n{tail}")
+        self.is_busy = False
         return json.loads(line)
 
 

@@ -28,6 +28,8 @@ from tests.e2e.traffic import (
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
+PACED = "tests.e2e.paced_connector.PacedConnector"
+
 
 class Bench:
     """The module's engine, which outlives the servers that the tests start at its socket."""
@@ -57,16 +59,27 @@ class Bench:
         assert self.engine
         server.wait_for(lambda stats: stats["sessions"] >= 2)
 
+    def forget_calls(self) -> None:
+        """Kill the engine if it owes a reply: the next test would take it for its own."""
+        if self._engine is not None and self._engine.is_busy:
+            self._engine.kill()
+
     def close(self) -> None:
         if self._engine is not None:
             self._engine.kill()
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     bench = Bench(tmp_path_factory.mktemp("engine"))
     yield bench
     bench.close()
+
+
+@pytest.fixture
+def bench(bench_of_all: Bench) -> Iterator[Bench]:
+    yield bench_of_all
+    bench_of_all.forget_calls()
 
 
 def wait_for_lease(server: Server) -> None:
@@ -255,14 +268,13 @@ def test_a_server_replaced_by_one_with_other_data_and_other_chunks_is_used_like_
     server = start_with_chunks(bench, tmp_path, 64)
     with running(server):
         start = time.monotonic()
-        bench.engine.start("generate", prompts=[decoding | {"id": "decoding"}])
+        bench.engine.start("generate", prompts=[decoding | {"id": "paced"}])  # 900 steps of 30 ms or more
         wait_for_stores(server)
         server.stop()
     for chunk_tokens in (32, 128):  # while the request that began with the first server is being decoded
         server = start_with_chunks(bench, tmp_path, chunk_tokens)
         with running(server):
-            dropped = server.peek()["stores_dropped"]
-            stats = server.wait_for(lambda stats, dropped=dropped: stats["stores_dropped"] > dropped)
+            stats = server.wait_for(lambda stats: stats["stores_dropped"])
             assert stats["tokens"]["stored"] == stats["leases"] == stats["chunks_pending"] == 0
             server.stop()
     last_stop_s = time.monotonic() - start

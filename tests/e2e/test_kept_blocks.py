@@ -1,0 +1,51 @@
+"""Stores that read paged blocks long after the step, as on a GPU: vLLM keeps the blocks, and takes them back after."""
+
+import pytest
+
+from tests.e2e.harness import assert_same_answers
+from tests.e2e.stand import NOISE, Stand, prompt_of, storable
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+BATCH_NOISE = 0.25  # other requests are in the batch
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_blocks_are_kept_until_they_were_read_also_when_requests_are_preempted_or_aborted(tmp_path, num_ranks):
+    """24 blocks of 32 tokens: of six requests that grow to nine blocks each, some are preempted."""
+    stand = Stand(
+        tmp_path,
+        connector_class="tests.e2e.lazy_connector.LazyConnector",
+        async_scheduling=True,
+        block_size=32,
+        num_gpu_blocks_override=24,
+        max_model_len=512,
+        enable_prefix_caching=False,
+        tensor_parallel_size=num_ranks,
+    )
+    try:
+        prompts = [prompt_of(500 + number, 150 + 5 * number) for number in range(6)]
+        expected = stand.plain(prompts, max_tokens=120, at_once=True)
+        before, num_before = stand.counts(), stand.engine.call("preemptions")
+        cold = stand.ask(prompts, max_tokens=120, at_once=True)
+        assert stand.engine.call("preemptions") > num_before
+        stand.wait_until_stored(before, sum(storable(prompt, 120) for prompt in prompts))
+        assert_same_answers(cold, expected, BATCH_NOISE)
+
+        follow_ups = [
+            {"tokens": prompt["tokens"] + answer["tokens"] + [30 + number]}
+            for number, (prompt, answer) in enumerate(zip(prompts, cold, strict=True))
+        ]
+        expected = stand.plain(follow_ups)
+        assert_same_answers(stand.assert_hits(follow_ups), expected, NOISE)
+
+        for number in range(5):
+            aborted = prompt_of(600 + number, 400)
+            stand.engine.call("abort_after", prompt={**aborted, "id": f"abort{number}"}, seconds=0.05 * number)
+            stand.engine.reset()  # fails while a block is kept
+        stats = stand.settled()
+        assert stats["leases"] == stats["checksum_failures"] == stats["loads_failed"] == 0
+        stand.engine.stop()
+        stand.server.stop()
+    finally:
+        stand.kill()
