@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-pytest.register_assert_rewrite("tests.connector.cuda.kernel_cases")
+pytest.register_assert_rewrite("tests.connector.cuda.kernel_cases", "tests.connector.cuda.copy_cases")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
