@@ -5,11 +5,12 @@ before it has ended if it is planned earlier than that (asynchronous scheduling)
 A token costs the engine something by itself and something for each token before it, so a step's time is explained by
 two numbers, its tokens and its pairs of tokens, summed over all its requests: that a step is shared does not matter.
 
-The two costs minimise the sum of absolute errors over the latest steps, by iteratively reweighted least squares
+The two costs minimise the sum of relative errors over the latest steps, by iteratively reweighted least squares
 (Schlossmacher 1973): a few steps that took much longer, as the first ones of an engine do, leave no trace.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 STEP_TOKENS_MIN = 256  # of one request; shorter steps cost what a step costs, not what its tokens do
 STEPS_REMEMBERED = 32
 STEPS_UNDER_WAY_MAX = 64
-FIT_ROUNDS = 8
+LENGTHS_COMPARED = 8  # steps shorter than this part of the longest say little about its like
+FIT_ROUNDS = 12
 ERROR_MIN = 1e-3  # of a step: nothing is measured better, and a weight must be finite
 PAIRS_PENALTY = 0.003  # of the normal equations: equal steps cannot tell the two costs apart, then tokens get it all
 
@@ -97,14 +99,18 @@ class PrefillRate:
         return self._model
 
 
-def _fit(steps: "deque[_Step]") -> PrefillModel:
-    """Return the costs, neither below 0, that explain `steps` best."""
-    model = _least_squares(steps, [1 / step.tokens for step in steps])
+def _fit(steps: Sequence[_Step]) -> PrefillModel:
+    """Return the costs, neither below 0, that explain the longer ones of `steps` best."""
+    longest = max(step.tokens for step in steps)
+    steps = [step for step in steps if step.tokens * LENGTHS_COMPARED >= longest]
+    model = _least_squares(steps, [step.seconds**-2 for step in steps])
     for _ in range(FIT_ROUNDS):
-        errors_s = [abs(step.seconds - _explained_s(model, step)) for step in steps]
-        model = _least_squares(
-            steps, [1 / max(error, ERROR_MIN * step.seconds) for error, step in zip(errors_s, steps, strict=True)]
-        )
+        expected_s = [_explained_s(model, step) for step in steps]
+        weights = [
+            1 / expected / max(abs(step.seconds - expected), ERROR_MIN * expected)
+            for step, expected in zip(steps, expected_s, strict=True)
+        ]
+        model = _least_squares(steps, weights)
     return model
 
 
@@ -112,7 +118,7 @@ def _explained_s(model: PrefillModel, step: _Step) -> float:
     return model.s_per_token * step.tokens + model.s_per_pair * step.pairs
 
 
-def _least_squares(steps: "deque[_Step]", weights: list[float]) -> PrefillModel:
+def _least_squares(steps: Sequence[_Step], weights: Sequence[float]) -> PrefillModel:
     tt = tp = pp = ts = ps = 0.0
     for (tokens, pairs, seconds), weight in zip(steps, weights, strict=True):
         tt += weight * tokens * tokens
