@@ -49,6 +49,7 @@ class Contender:
         if connector is not None:
             self._options["kv_transfer_config"] = {"kv_role": "kv_both"} | connector
         self._processes: list[subprocess.Popen[str]] = []
+        self._engine: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         """Start everything; return before the engine is ready."""
@@ -75,6 +76,7 @@ class Contender:
         Raises:
             ContenderError: it failed.
         """
+        assert self._engine is not None
         assert self._engine.stdin
         try:
             self._engine.stdin.write(json.dumps({"call": name, **arguments}) + "\n")

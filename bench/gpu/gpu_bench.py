@@ -15,14 +15,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from bench.gpu import questions
+from bench.gpu import bus, questions, tiers
 from bench.gpu.contenders import Cachetier, Contender, Lmcache, native, start_server
 from bench.gpu.lab import QUESTIONS, Lab, Question, hardware_name, timed
 from bench.gpu.raw import measure_copies
-from bench.gpu.setting import Setting, rehearsal
+from bench.gpu.setting import GIB, Setting, rehearsal
 from bench.record import RESULTS_DIR
+from tests.e2e.harness import Server
 
 CONTENDERS = ("none", "cachetier", "vllm-native", "lmcache")
 ON_HOST: dict[str, Question] = {
@@ -31,6 +34,14 @@ ON_HOST: dict[str, Question] = {
     "long_documents": questions.long_documents,
     "device_bytes": questions.device_bytes,
 }
+ON_TIERS: dict[str, Question] = {
+    "ttft_gpu_tier": tiers.ttft_gpu_tier,
+    "checksum_cost": tiers.checksum_cost,
+    "disk_read": tiers.disk_read,
+}
+ON_BUS: dict[str, Question] = {"bidirectional": bus.bidirectional}
+UNVERIFIED = {"kv_connector": "UnverifiedConnector", "kv_connector_module_path": "bench.gpu.unverified"}
+BUS_HOST_BYTES = 20 * GIB
 
 
 def main() -> int:
@@ -73,7 +84,7 @@ class Run:
     def __init__(self, lab: Lab, options: argparse.Namespace) -> None:
         self._lab, self._setting, self._options = lab, lab.setting, options
         self._start_s = time.monotonic()
-        self._server = None
+        self._server: Server | None = None
 
     def all(self) -> None:
         """Ask all questions that were asked for."""
@@ -81,18 +92,35 @@ class Run:
             self._lab.limits = measure_copies()
             print(f"-- pinned copies: {self._lab.limits}", file=sys.stderr)
         if self._wants(ON_HOST):
-            self._server = start_server(self._setting, "host", disk_bytes=0)
+            self._replace_server("host", self._setting)
             self.start([self._make(name) for name in self._options.contenders])
             self.ask(ON_HOST)
+        if self._wants(ON_TIERS) and "cachetier" in self._options.contenders:
+            self._prepare_tiers()
+            self.ask(ON_TIERS)
+        if self._wants(ON_BUS):
+            self._stop_all_but()
+            setting = self._setting
+            if not setting.is_rehearsal:
+                setting = dataclasses.replace(setting, host_bytes=BUS_HOST_BYTES)
+            self._replace_server("bus", setting)
+            names = [name for name in self._options.contenders if name != "none"]
+            self.start([self._make(name, setting, **setting.wide_arguments()) for name in names])
+            self.ask(ON_BUS)
 
     def start(self, contenders: Sequence[Contender]) -> None:
         """Start contenders: the first alone, so that the others find what it compiled, then all at once."""
         began_s = time.monotonic()
         one_by_one = [[contender] for contender in contenders]
         for batch in one_by_one if self._setting.is_rehearsal else [contenders[:1], contenders[1:]]:
-            self._lab.live |= {contender.name: contender for contender in batch}
-            self._lab.each(Contender.start, *(contender.name for contender in batch))
-            self._lab.each(self._note_start, *(contender.name for contender in batch))
+            with ThreadPoolExecutor() as pool:
+                for contender, starting in [(each, pool.submit(_started, each)) for each in batch]:
+                    self._lab.live[contender.name] = contender
+                    try:
+                        seconds = starting.result()
+                        print(f"-- {contender.name} is up after {seconds:.1f} s", file=sys.stderr, flush=True)
+                    except Exception as error:
+                        self._lab.fail(contender.name, error)
         timed("starting " + ", ".join(each.name for each in contenders), began_s)
 
     def ask(self, wanted: dict[str, Question]) -> None:
@@ -113,8 +141,7 @@ class Run:
 
     def stop(self) -> None:
         """Stop whatever runs."""
-        for contender in self._lab.live.values():
-            contender.stop()
+        self._stop_all_but()
         if self._server is not None:
             self._server.kill()
             self._server.clear()
@@ -128,16 +155,50 @@ class Run:
     def _wants(self, wanted: dict[str, Question]) -> bool:
         return any(name in self._options.questions for name in wanted)
 
-    def _make(self, name: str) -> Contender:
-        setting = self._setting
-        if name == "none":
-            return Contender("none", setting, None)
-        if name == "vllm-native":
-            return native(setting)
-        return Lmcache(setting) if name == "lmcache" else Cachetier(setting, self._server)
+    def _prepare_tiers(self) -> None:
+        """Have engines without a connector, with one, with a GPU tier, and one that verifies nothing, on one server."""
+        self._stop_all_but("none", "cachetier")
+        self._replace_server("tiers", self._setting, self._setting.disk_bytes)
+        setting, server = self._setting, self._server
+        missing = [self._make(name) for name in ("none", "cachetier") if name not in self._lab.live]
+        if "ttft_gpu_tier" in self._options.questions and not setting.is_rehearsal:
+            extra = {"gpu_bytes": setting.gpu_tier_bytes}
+            missing.append(Cachetier(setting, server, "cachetier-gpu", extra=extra))
+        if "checksum_cost" in self._options.questions:
+            missing.append(Cachetier(setting, server, "cachetier-unverified", UNVERIFIED))
+        self.start(missing)
+        if isinstance(kept := self._lab.live.get("cachetier"), Cachetier):
+            kept.server = server
+            server.wait_for(lambda stats: stats["sessions"] >= 2, 30)
 
-    def _note_start(self, contender: Contender) -> None:
-        print(f"-- {contender.name} is up after {contender.wait_until_ready():.1f} s", file=sys.stderr, flush=True)
+    def _replace_server(self, folder: str, setting: Setting, disk_bytes: int = 0) -> None:
+        """Start another server at the socket that all engines know; those that are up find it within a second."""
+        if self._server is not None:
+            self._server.kill()
+            self._server.clear()
+        self._server = start_server(setting, folder, disk_bytes)
+        time.sleep(2)
+
+    def _stop_all_but(self, *names: str) -> None:
+        leaving = [name for name in self._lab.live if name not in names]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Contender.stop, [self._lab.live.pop(name) for name in leaving]))
+
+    def _make(self, name: str, setting: Setting | None = None, **arguments: Any) -> Contender:
+        setting = setting or self._setting
+        if name == "none":
+            return Contender("none", setting, None, **arguments)
+        if name == "vllm-native":
+            return native(setting, **arguments)
+        if name == "lmcache":
+            return Lmcache(setting, **arguments)
+        return Cachetier(setting, self._server, **arguments)
+
+
+def _started(contender: Contender) -> float:
+    """Start a contender; return how long that took."""
+    contender.start()
+    return contender.wait_until_ready()
 
 
 if __name__ == "__main__":

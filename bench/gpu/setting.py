@@ -109,7 +109,7 @@ class Setting:
 
     @property
     def connector_settings(self) -> dict[str, Any]:
-        """What cachetier's connector is told besides; its defaults, but for a machine that is busy with other things."""
+        """What cachetier's connector is told: its defaults, except on a machine that is busy with other things."""
         return {"match_deadline_ms": 10_000, "load_deadline_ms": 10_000} if self.is_rehearsal else {}
 
     def engine_arguments(self) -> dict[str, Any]:
