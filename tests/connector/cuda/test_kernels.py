@@ -1,5 +1,6 @@
 """The kernels against plain index arithmetic and xxhash; see `kernel_cases`. tests/gpu has larger cases."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -136,9 +137,14 @@ def test_rows_move_as_the_widest_integers_that_fit(row, start_bytes, align_bytes
 
 def test_two_threads_may_launch_at_once(device):
     case = Case("nhd", torch.bfloat16, 16, block_tokens=16, chunk_tokens=16)
-    with ThreadPoolExecutor(2) as pool:
-        checks = [pool.submit(check, case, device) for check in (check_gather, check_scatter) * 3]
-    assert [check.result() for check in checks] == [None] * 6
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that they do meet
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            checks = [pool.submit(check, case, device) for check in (check_gather, check_scatter) * 3]
+        assert [check.result() for check in checks] == [None] * 6
+    finally:
+        sys.setswitchinterval(interval_s)
 
 
 @pytest.mark.parametrize(
