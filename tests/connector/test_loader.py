@@ -222,3 +222,30 @@ def test_each_load_waits_for_what_was_launched_when_it_was_submitted(tier, monke
     [(fence, thread)] = seen
     assert fence == threading.get_ident() != thread
     loading.loader.stop()
+
+
+def test_a_load_waits_for_frames_no_longer_than_it_has_patience_and_keeps_what_came(tier):
+    """However steadily they come: each of them within the time after which a load counts as stalled."""
+    tokens, blocks = tokens_of(30, 4 * CHUNK), blocks_for(4 * CHUNK)
+    stored, reply = tier.store(tokens), tier.match(tokens)
+    for frame in reply.frames[1:]:
+        set_state(tier, frame, STATE_FILLING)
+    for number, frame in enumerate(reply.frames[1:]):
+        threading.Timer(0.1 + 0.4 * number, set_state, (tier, frame, STATE_READY)).start()
+    loading = Loading(tier)
+    load = replace(tier.load_op(reply, 0, 4 * CHUNK, blocks), patience_s=0.3)
+    assert loading.load(load) == set(blocks[2 * CHUNK // BLOCK :])
+    assert 0.3 <= loading.loader.take_seconds()["r"] < 0.5
+    assert loading.loader.take_seconds() == {}
+    assert torch.equal(loading.blocks.rows(blocks, 0, 2 * CHUNK), stored[:, :, : 2 * CHUNK])
+    loading.loader.stop()
+    time.sleep(0.8)  # the timers end before the next test
+
+
+def test_a_load_that_waits_for_nothing_needs_no_patience(tier):
+    tokens, blocks = tokens_of(31, 20 * CHUNK), blocks_for(20 * CHUNK)
+    tier.store(tokens)
+    loading = Loading(tier)
+    load = replace(tier.load_op(tier.match(tokens), 0, 20 * CHUNK, blocks), patience_s=0.0)
+    assert loading.load(load) == set()
+    loading.loader.stop()

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -164,9 +164,16 @@ class Server:
     """`cachetier serve` in another process; may be stopped or killed, and started again on the same data."""
 
     def __init__(
-        self, folder: Path, *options: str, host: str = "256MiB", disk: str = "1GiB", socket: Path | None = None
+        self,
+        folder: Path,
+        *options: str,
+        host: str = "256MiB",
+        disk: str = "1GiB",
+        socket: Path | None = None,
+        program: Sequence[str] = ("cachetier.cli.main",),
     ) -> None:
         self.folder, self.data_dir, self.socket = folder, folder / "data", socket or folder / "server.sock"
+        self._program = program
         self._options = ["--host-bytes", host, "--disk-bytes", disk, *options]
         self.start()
 
@@ -175,7 +182,7 @@ class Server:
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "cachetier.cli.main", "serve", "--data-dir", str(self.data_dir)),
+                    *(sys.executable, "-m", *self._program, "serve", "--data-dir", str(self.data_dir)),
                     *("--socket", str(self.socket), *self._options),
                 ],
                 stdout=subprocess.PIPE,
@@ -290,25 +297,26 @@ def logprob_distance(some: list[dict], others: list[dict]) -> float:
     return worst
 
 
-def dumped_kv(
-    folder: Path, name: str, num_heads: int = 4, num_layers: int = 4, row: int = 128, num_ranks: int = 1
-) -> np.ndarray:
-    """Return the KV that a request's blocks held, all ranks together: uint16 `[tokens, heads, layers, row elements]`.
+def dumped_kv(folder: Path, name: str, row: int = 128) -> np.ndarray:
+    """Return the KV that a request's blocks held: uint16 `[tokens, heads, layers, row elements]`, rows of `row` bytes."""
+    [kv] = dumped_kv_of_ranks(folder, name, [(4, 4)], row)
+    return kv
+
+
+def dumped_kv_of_ranks(folder: Path, name: str, shapes: list[tuple[int, int]], row: int = 128) -> list[np.ndarray]:
+    """Return the same for each rank, which has the heads and layers that `shapes` says.
 
     It is written by the step after the request's last one.
     """
-    ranks = []
     deadline = time.monotonic() + 10
-    while len(paths := sorted(folder.glob(f"{name}.?.npy"))) < num_ranks:
+    while len(paths := sorted(folder.glob(f"{name}.?.npy"))) < len(shapes):
         assert time.monotonic() < deadline, f"nothing was dumped for {name}"
         time.sleep(0.05)
-    for path in paths:
-        shards = np.load(path).view(np.uint16)
-        heads = shards.shape[1] * 2 // (16 * num_layers * row)
-        assert heads in (num_heads, num_heads // 2)
-        ranks.append(shards.reshape(-1, heads, num_layers, 16, row // 2).transpose(0, 3, 1, 2, 4))
-    kv = np.concatenate(ranks, axis=2)
-    return kv.reshape(-1, *kv.shape[2:])
+    ranks = []
+    for path, (heads, layers) in zip(paths, shapes, strict=True):
+        grains = np.load(path).view(np.uint16).reshape(-1, heads, layers, 16, row // 2).transpose(0, 3, 1, 2, 4)
+        ranks.append(grains.reshape(-1, *grains.shape[2:]))
+    return ranks
 
 
 def as_float(kv: np.ndarray) -> np.ndarray:
