@@ -308,7 +308,9 @@ def test_an_engine_killed_while_it_loads_and_stores_leaves_no_leases_and_no_pend
         plain = store(bench, server, held)
         arena, engine = SharedArena(server), bench.engine
         engine.reset()
-        prompts = [{**prompt, "id": f"k{number}"} for number, prompt in enumerate([held] * 10 + others)]
+        prompts = [
+            {**prompt, "id": f"k{number}"} for number, prompt in enumerate([held] * 40 + others)
+        ]  # 10 s of loads
         with arena.held(arena.ready_frames()):
             engine.start("generate", prompts=prompts)
             frozen: dict = {}

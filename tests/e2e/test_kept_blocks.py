@@ -12,7 +12,11 @@ BATCH_NOISE = 0.25  # other requests are in the batch
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_blocks_are_kept_until_they_were_read_also_when_requests_are_preempted_or_aborted(tmp_path, num_ranks):
-    """24 blocks of 32 tokens: of six requests that grow to nine blocks each, some are preempted."""
+    """24 blocks of 32 tokens: of six requests that grow to nine blocks each, some are preempted.
+
+    What one of two ranks has dropped is not held, even if the other one stored it: only a single rank's stores are
+    counted.
+    """
     stand = Stand(
         tmp_path,
         connector_class="tests.e2e.lazy_connector.LazyConnector",
@@ -29,20 +33,25 @@ def test_blocks_are_kept_until_they_were_read_also_when_requests_are_preempted_o
         before, num_before = stand.counts(), stand.engine.call("preemptions")
         cold = stand.ask(prompts, max_tokens=120, at_once=True)
         assert stand.engine.call("preemptions") > num_before
-        stand.wait_until_stored(before, sum(storable(prompt, 120) for prompt in prompts))
         assert_same_answers(cold, expected, BATCH_NOISE)
+        stand.engine.reset()  # fails while a block is kept
+        if num_ranks == 1:
+            stand.wait_until_stored(before, sum(storable(prompt, 120) for prompt in prompts))
+        assert stand.counts().stored > before.stored
 
         follow_ups = [
             {"tokens": prompt["tokens"] + answer["tokens"] + [30 + number]}
             for number, (prompt, answer) in enumerate(zip(prompts, cold, strict=True))
         ]
         expected = stand.plain(follow_ups)
-        assert_same_answers(stand.assert_hits(follow_ups), expected, NOISE)
+        warm = stand.assert_hits(follow_ups) if num_ranks == 1 else stand.ask(follow_ups)
+        assert sum(answer["cached"] for answer in warm) > 0
+        assert_same_answers(warm, expected, NOISE)
 
         for number in range(5):
             aborted = prompt_of(600 + number, 400)
             stand.engine.call("abort_after", prompt={**aborted, "id": f"abort{number}"}, seconds=0.05 * number)
-            stand.engine.reset()  # fails while a block is kept
+            stand.engine.reset()
         stats = stand.settled()
         assert stats["leases"] == stats["checksum_failures"] == stats["loads_failed"] == 0
         stand.engine.stop()
