@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("tests.e2e.harness", "tests.e2e.same_answers", "tests.e2e.stand")
+pytest.register_assert_rewrite("tests.e2e.harness", "tests.e2e.layouts", "tests.e2e.same_answers", "tests.e2e.stand")

@@ -298,7 +298,7 @@ def logprob_distance(some: list[dict], others: list[dict]) -> float:
 
 
 def dumped_kv(folder: Path, name: str, row: int = 128) -> np.ndarray:
-    """Return the KV that a request's blocks held: uint16 `[tokens, heads, layers, row elements]`, rows of `row` bytes."""
+    """Return the KV that a request's blocks held: uint16 `[tokens, heads, layers, elements]`, rows of `row` bytes."""
     [kv] = dumped_kv_of_ranks(folder, name, [(4, 4)], row)
     return kv
 
