@@ -56,7 +56,7 @@ class PoolCopy:
         pool: id of the engine's pool.
         frame: number of its frame in every part of the pool.
         is_ready: whether it can be read.
-        hits: matches since it was last spared from eviction, at most HITS_MAX.
+        hits: matches, the one that ordered it among them, less the times it was spared; at most HITS_MAX.
     """
 
     __slots__ = ("chunk", "frame", "hits", "is_ready", "pool")
@@ -66,7 +66,7 @@ class PoolCopy:
         self.pool = pool
         self.frame = frame
         self.is_ready = False
-        self.hits = 0
+        self.hits = 1
 
 
 class HostChunk:

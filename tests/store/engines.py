@@ -158,9 +158,9 @@ class Engine:
             time.sleep(0.0002)
         return state == STATE_READY
 
-    def release(self, reply: MatchReply | ReserveReply, host_tokens: int = 0, disk_tokens: int = 0) -> None:
-        """Give a lease back."""
-        use = LeaseUse(lease=reply.lease, host_tokens=host_tokens, disk_tokens=disk_tokens)
+    def release(self, reply: MatchReply | ReserveReply, **tokens: int) -> None:
+        """Give a lease back; `tokens` as in `LeaseUse`."""
+        use = LeaseUse(lease=reply.lease, **tokens)
         self.store.release(Release(session=self.sessions[0], uses=[use]))
 
     def load(self, tokens: bytes, **settings: object) -> int:
