@@ -15,6 +15,7 @@ from cachetier.storage.data_dir import disk_shape
 from cachetier.storage.file_layer import FileLayer
 from cachetier.storage.index import Location
 from cachetier.storage.namespaces import NamespaceTable, StoredNamespace
+from cachetier.storage.record_reads import PlacedRead, Run, extend_runs
 from cachetier.storage.records import DiskChunk
 from cachetier.storage.segment_log import ChunkToWrite, DiskCounters, SegmentLog
 
@@ -82,11 +83,23 @@ class DiskTier:
         The bytes are what the disk gave: whoever uses them verifies digests and checksum. A chunk that cannot be read
         is dropped.
         """
-        location = self._find(key)
-        outcome = self._segment_log.read(location, frames) if location else None
-        if outcome is False:
-            self.drop([key])
-        return bool(outcome)
+        return self.read_many([(key, frames)])[0]
+
+    def read_many(self, wanted: Sequence[tuple[ChainKey, Sequence[memoryview]]]) -> list[bool]:
+        """Do as `read` for each of `wanted`, neighbours on disk in one read; return which were filled."""
+        outcomes: list[bool] = []
+        runs: list[Run] = []
+        for number, (key, frames) in enumerate(wanted):
+            location = self._find(key)
+            outcomes.append(False)
+            if location is not None:
+                extend_runs(runs, PlacedRead(number, location, frames))
+        for run in runs:
+            for read, is_good in zip(run, self._segment_log.read_run(run), strict=True):
+                outcomes[read.number] = bool(is_good)
+                if is_good is False:
+                    self.drop([wanted[read.number][0]])
+        return outcomes
 
     def drop(self, keys: Iterable[ChainKey]) -> int:
         """Forget chunks at once, and durably as soon as no group is being written; return how many were held."""

@@ -24,11 +24,11 @@ import msgspec
 from cachetier.core.keys import ChainKey
 from cachetier.storage.file_layer import FileLayer
 from cachetier.storage.index import IndexSettings, Location, SegmentEntry
-from cachetier.storage.records import DiskChunk, frame_sizes, header_bytes_of, is_header_of, pack_body, pack_header
+from cachetier.storage.record_reads import BUFFERS_MAX, Run, read_run
+from cachetier.storage.records import DiskChunk, header_bytes_of, pack_body, pack_header
 from cachetier.storage.recovery import open_index, recover_table
 from cachetier.storage.segments import SegmentFiles, aligned_buffer
 
-_BUFFERS_MAX = 1000  # of one pwritev; Linux takes 1024
 _CARRY_BYTES = 8 << 20
 _log = logging.getLogger(__name__)
 
@@ -121,26 +121,30 @@ class SegmentLog:
             return None
         return location if location and location.sequence in self._slot_of else None
 
-    def read(self, location: Location, frames: Sequence[memoryview]) -> bool | None:
-        """Fill `frames` with the chunk at `location`; False: it cannot be read; None: its segment is gone."""
+    def read_run(self, run: Run) -> list[bool | None]:
+        """Fill the frames of a run's chunks; False: it cannot be read; None: its segment is gone."""
         with self._lock:
-            slot = self._slot_of.get(location.sequence)
+            slot = self._slot_of.get(run[0].location.sequence)
             if slot is None:
-                return None
+                return [None] * len(run)
             self._reading[slot] += 1
         try:
-            if self._read_record(slot, location, frames):
-                return True
-            _log.warning("the record of chunk %s is damaged", location.chunk.key.hex())
+            outcomes = read_run(self._segments, slot, run)
         except OSError as error:
-            _log.warning("chunk %s cannot be read: %s", location.chunk.key.hex(), error)
+            if len(run) > 1:  # one bad sector must not cost its neighbours
+                return [self.read_run([read])[0] for read in run]
+            _log.warning("chunk %s cannot be read: %s", run[0].location.chunk.key.hex(), error)
+            outcomes = [False]
         finally:
             with self._lock:
                 self._reading[slot] -= 1
                 if not self._reading[slot]:
                     self._lock.notify_all()
-        self.counters.read_errors += 1
-        return False
+        for read, is_good in zip(run, outcomes, strict=True):
+            if not is_good:
+                _log.warning("the record of chunk %s is not what the index says", read.location.chunk.key.hex())
+                self.counters.read_errors += 1
+        return list(outcomes)
 
     def write(self, chunks: Sequence[ChunkToWrite]) -> list[bool]:
         """Write the chunks that are not stored yet; return which of them are durable and visible now."""
@@ -225,13 +229,6 @@ class SegmentLog:
         self._index.close()
         self._segments.close()
 
-    def _read_record(self, slot: int, location: Location, frames: Sequence[memoryview]) -> bool:
-        if [len(frame) for frame in frames] != frame_sizes(location.body):
-            raise ValueError(f"the frames do not have the sizes of the objects of {location.chunk}")
-        header = self._segments.header_scratch(header_bytes_of(len(location.body)))
-        self._segments.read(slot, [header, *frames], location.offset)
-        return is_header_of(header, location.body, location.sequence)
-
     def _free_bytes(self) -> int:
         return 0 if self._active is None else self._segments.segment_bytes - self._table[self._active].tail
 
@@ -278,7 +275,7 @@ class SegmentLog:
         for item in items:
             header = pack_header(item.body, item.payload_bytes, entry.sequence)
             headers[start : start + len(header)] = header
-            if len(buffers) + 1 + len(item.write.frames) > _BUFFERS_MAX:
+            if len(buffers) + 1 + len(item.write.frames) > BUFFERS_MAX:
                 self._segments.write(slot, buffers, offset)
                 offset, length, buffers = offset + length, 0, []
             buffers += [headers[start : start + len(header)], *item.write.frames]

@@ -20,6 +20,8 @@ from cachetier.store.leases import Lease, Session
 from cachetier.store.namespaces import Namespace
 from cachetier.store.promotion import Promoter
 
+LOOK_UP_CHUNKS = 64  # looked up at a time: the first are being read while the next are looked up
+
 
 class Prompt:
     """A prompt's chain, how far it is held (pinned), and what a match keeps on disk meanwhile (`kept`)."""
@@ -77,11 +79,14 @@ class Matcher:
         self._unpin(lease.chunks)
 
     def _unpin(self, chunks: Sequence[HostChunk]) -> None:
-        unpin, flusher, ready = self._books.table.unpin, self._flusher, ChunkState.READY
+        unpin, flusher, promoter = self._books.table.unpin, self._flusher, self._promoter
+        ready, promoting = ChunkState.READY, ChunkState.PROMOTING
         for chunk in chunks:
             if not chunk.is_durable and flusher is not None and chunk.state is ready:
                 flusher.offer(chunk)
             unpin(chunk)
+            if chunk.state is promoting and chunk.pins == 1 and promoter is not None:
+                promoter.cancel(chunk)
 
     def trim(self, lease: Lease, num_chunks: int) -> None:
         """Give back all but the first chunks of a live lease to read (lock held), and count the rest as cut."""
@@ -97,11 +102,14 @@ class Matcher:
             with books.lock:
                 books.tokens.queried += len(prompt.keys) * books.chunk_tokens
                 self._walk(prompt, {})
-            rows = self._look_up(prompt)
+            while rows := self._look_up(prompt):
+                with books.lock:
+                    before = len(prompt.held)
+                    self._walk(prompt, rows)
+                if len(prompt.held) - before < LOOK_UP_CHUNKS:
+                    break
             with books.lock:
                 session = books.leases.session(message.session, books.clock())
-                if rows:
-                    self._walk(prompt, rows)
                 if prompt.held and not books.leases.is_full:
                     lease = self._grant(session, prompt, message.reads_pools)
                 return self._reply(lease, prompt)
@@ -110,8 +118,7 @@ class Matcher:
                 books.disk_pins.unpin(key)
             if lease is None and prompt.held:
                 with books.lock:
-                    for chunk in prompt.held:
-                        books.table.unpin(chunk)
+                    self._unpin(prompt.held)
 
     def _grant(self, session: Session, prompt: Prompt, reads_pools: bool) -> Lease:
         books, tiers = self._books, prompt.tiers
@@ -156,7 +163,7 @@ class Matcher:
             held.append(chunk)
 
     def _look_up(self, prompt: Prompt) -> dict[int, DiskChunk]:
-        """Return what the disk tier has of the rest of the prompt, kept there by pins, up to the first miss.
+        """Return what the disk tier has of the prompt's next chunks, kept there by pins, up to the first miss.
 
         Runs without the lock: what the host table has is skipped here, and looked at again under the lock.
         """
@@ -166,7 +173,7 @@ class Matcher:
             return rows
         chunks = self._books.table.chunks
         first = len(prompt.held)
-        for number in range(first, len(prompt.keys)):
+        for number in range(first, min(first + LOOK_UP_CHUNKS, len(prompt.keys))):
             key = prompt.keys[number]
             if key in chunks:
                 if number == first:

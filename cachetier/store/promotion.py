@@ -4,15 +4,18 @@ Locking design: the queue, the counters and the host table are guarded by the st
 neighbouring chunks under the lock, reads them without it (the promoter's own pin keeps the frames), and takes the lock
 again to make them READY. Engines do not wait for that: they watch the state byte of each frame.
 
-Bounds: every queued chunk has its frames, so the arena bounds the queue. When a chunk's turn comes and no lease wants
-it any more, it is skipped and its frames are freed; but when nothing was read for a while it is read all the same: an
-engine that computes what a slow disk holds would otherwise never learn that the disk has become fast.
+Order of need: matches come in the order in which requests arrive and offer a prompt's chunks from the first on, and the
+queue is first in, first out.
+
+Bounds: every queued chunk has its frames, so the arena bounds the queue. A chunk that no lease wants any more leaves
+the queue at once, and its frames are free; but when nothing was read for a while it is read all the same: an engine
+that computes what a slow disk holds would otherwise never learn that the disk has become fast.
 """
 
 import logging
 import threading
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from cachetier.storage.disk import DiskTier
@@ -21,7 +24,7 @@ from cachetier.store.chunk import ChunkState, HostChunk
 from cachetier.store.flush import Flusher, views
 from cachetier.store.read_speed import ReadSpeed
 
-BATCH_BYTES = 1 << 20  # a thread takes neighbours up to this size, so that small chunks cost few hand-overs
+BATCH_BYTES = 4 << 20  # a thread takes neighbours up to this size and reads them at once: disks like large reads
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ class Promoter:
         self._disk = disk
         self._flusher = flusher
         self._view = view
-        self._queue: deque[HostChunk] = deque()
+        self._queue: OrderedDict[HostChunk, None] = OrderedDict()
         self._speed = ReadSpeed(num_threads)
         self._offered_bytes = self._passed_bytes = 0
         self._is_stopping = False
@@ -63,8 +66,14 @@ class Promoter:
         chunk.pins += 1
         self._offered_bytes += chunk.tiling.total_frame_bytes
         chunk.queued_until_bytes = self._offered_bytes
-        self._queue.append(chunk)
+        self._queue[chunk] = None
         self._wake.notify()
+
+    def cancel(self, chunk: HostChunk) -> None:
+        """Take a chunk that nobody has leased any more out of the queue, if it is still there (lock held)."""
+        if chunk in self._queue and not self._speed.is_stale(time.monotonic()):
+            del self._queue[chunk]
+            self._skip(chunk)
 
     def ready_in_s(self, chunks: Iterable[HostChunk]) -> list[float]:
         """Return in how many seconds each chunk should be READY (lock held); nothing while that is unknown."""
@@ -83,7 +92,7 @@ class Promoter:
         with self._wake:
             self._is_stopping = True
             while self._queue:
-                self._skip(self._queue.popleft())
+                self._skip(self._queue.popitem(last=False)[0])
             self._wake.notify_all()
         for thread in self._threads:
             thread.join()
@@ -96,9 +105,9 @@ class Promoter:
                 if self._is_stopping:
                     return
                 batch = self._take_batch()
-            for chunk in batch:
-                is_read = self._read(chunk)
-                with self._wake:
+            outcomes = self._read(batch)
+            with self._wake:
+                for chunk, is_read in zip(batch, outcomes, strict=True):
                     self._finish(chunk, is_read)
 
     def _take_batch(self) -> list[HostChunk]:
@@ -106,7 +115,7 @@ class Promoter:
         size, now = 0, time.monotonic()
         is_speed_stale = self._speed.is_stale(now)
         while self._queue and size < BATCH_BYTES:
-            chunk = self._queue.popleft()
+            chunk, _ = self._queue.popitem(last=False)
             if chunk.state is not ChunkState.PROMOTING or (chunk.pins == 1 and not is_speed_stale):
                 self._skip(chunk)
             else:
@@ -115,12 +124,12 @@ class Promoter:
                 self._speed.begin(chunk.tiling.total_frame_bytes, now)
         return batch
 
-    def _read(self, chunk: HostChunk) -> bool:
+    def _read(self, batch: list[HostChunk]) -> list[bool]:
         try:
-            return self._disk.read(chunk.key, views(chunk, self._view))
+            return self._disk.read_many([(chunk.key, views(chunk, self._view)) for chunk in batch])
         except Exception:  # the thread's boundary
-            logger.exception("a chunk could not be read")
-            return False
+            logger.exception("%d chunks could not be read", len(batch))
+            return [False] * len(batch)
 
     def _finish(self, chunk: HostChunk, is_read: bool) -> None:
         self._speed.end(chunk.tiling.total_frame_bytes, time.monotonic(), is_read=is_read)

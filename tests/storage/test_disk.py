@@ -1,8 +1,9 @@
 """What the disk tier promises beyond the model: files, sizes, concurrency, restarts with other settings."""
 
+import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from cachetier.core.config import MIB, ServerConfig
 from cachetier.core.keys import ChainKey, ModelIdentity, namespace_of
 from cachetier.core.layout import KVLayout
+from cachetier.storage import record_reads
 from cachetier.storage.data_dir import DataDir
 from cachetier.storage.disk import ChunkToWrite, DiskTier
 from cachetier.storage.file_layer import FileLayer
@@ -59,6 +61,67 @@ def held(tier: DiskTier) -> list[int]:
 def is_right(tier: DiskTier, write: ChunkToWrite) -> bool:
     frames = blank_frames(write.chunk)
     return tier.read(write.chunk.key, frames) and objects(write.chunk, frames) == objects(write.chunk, write.frames)
+
+
+class CountingFiles(FileLayer):
+    """Count reads, and fail those that touch one of `bad` (offsets in a file)."""
+
+    def __init__(self) -> None:
+        self.num_reads = 0
+        self.bad: set[int] = set()
+
+    def preadv(self, descriptor: int, buffers: Sequence[bytearray | memoryview], offset: int) -> None:
+        self.num_reads += 1
+        if any(offset <= bad < offset + sum(map(len, buffers)) for bad in self.bad):
+            raise OSError(errno.EIO, "injected")
+        super().preadv(descriptor, buffers, offset)
+
+
+def read_many(tier: DiskTier, numbers: Sequence[int]) -> list[bool]:
+    """Read chunks at once; return which were there. Those that were must be right."""
+    frames = [blank_frames(WRITES[number].chunk) for number in numbers]
+    there = tier.read_many([(WRITES[number].chunk.key, each) for number, each in zip(numbers, frames, strict=True)])
+    for number, each, is_there in zip(numbers, frames, there, strict=True):
+        assert not is_there or objects(WRITES[number].chunk, each) == objects(
+            WRITES[number].chunk, WRITES[number].frames
+        )
+    return there
+
+
+def test_neighbours_on_disk_are_read_at_once_and_others_one_by_one(config: ServerConfig) -> None:
+    files = CountingFiles()
+    tier = DiskTier.open(config, files)
+    tier.append(WRITES[:10])
+    tier.append(WRITES[10:20])
+    files.num_reads = 0
+    assert read_many(tier, range(20)) == [True] * 20
+    assert files.num_reads == 1
+    assert read_many(tier, [19, 3, 4, 399, 5, 6, 3]) == [True, True, True, False, True, True, True]
+    assert files.num_reads == 1 + 3
+    tier.close()
+
+
+def test_more_neighbours_than_one_read_takes_are_read_all_the_same(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_reads, "BUFFERS_MAX", 7)
+    tier = DiskTier.open(config)
+    tier.append(WRITES[:20])
+    assert read_many(tier, range(20)) == [True] * 20
+    tier.close()
+
+
+def test_a_record_that_cannot_be_read_does_not_cost_its_neighbours(config: ServerConfig) -> None:
+    files = CountingFiles()
+    tier = DiskTier.open(config, files)
+    tier.append(WRITES[:6])
+    location = tier._segment_log.find(WRITES[2].chunk.key)
+    assert location is not None
+    files.bad = {location.offset + 8192}
+    assert read_many(tier, range(6)) == [True, True, False, True, True, True]
+    assert [number for number in held(tier) if number < 6] == [0, 1, 3, 4, 5]
+    assert tier.counters.read_errors == 1
+    tier.close()
 
 
 def test_ten_times_the_limit_keeps_the_newest_within_the_limit(tier: DiskTier, config: ServerConfig) -> None:

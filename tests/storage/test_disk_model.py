@@ -140,11 +140,12 @@ class DiskMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.durable)
     @rule(data=st.data())
     def read(self, data: st.DataObject) -> None:
-        write = self.durable[data.draw(st.sampled_from(sorted(self.durable)))]
-        frames = blank_frames(write.chunk)
-        assert self.tier.read(write.chunk.key, frames)
-        assert is_intact(write.chunk, frames)
-        assert objects(write.chunk, frames) == objects(write.chunk, write.frames)
+        writes = [self.durable[key] for key in data.draw(st.lists(st.sampled_from(list(self.durable)), min_size=1))]
+        frames = [blank_frames(write.chunk) for write in writes]
+        assert all(self.tier.read_many([(write.chunk.key, each) for write, each in zip(writes, frames, strict=True)]))
+        for write, each in zip(writes, frames, strict=True):
+            assert is_intact(write.chunk, each)
+            assert objects(write.chunk, each) == objects(write.chunk, write.frames)
 
     @precondition(lambda self: self.durable)
     @rule(data=st.data())

@@ -7,33 +7,115 @@ import pytest
 
 from cachetier.core.errors import ProtocolError
 from cachetier.core.messages import TIER_DISK, TIER_HOST, Trim
-from cachetier.store import read_speed
+from cachetier.store import matching, promotion, read_speed
 from tests.store.chunks import BIG, CHUNK_TOKENS
-from tests.store.engines import MIB, Engine, tokens_of
+from tests.store.engines import MIB, Engine, keys_of, tokens_of
 
 
-def test_a_promotion_that_nobody_waits_for_is_skipped(open_store):
-    Engine(open_store(), layout=BIG).put(tokens_of(*range(7)))
+def hold_reads(store):
+    """Let the store's disk wait before every read until the gate that is returned opens; note what is read."""
+    gate, order = threading.Event(), []
+    read = store._books.disk.read_many
+
+    def wait_and_read(wanted):
+        order.extend(key for key, _ in wanted)
+        gate.wait(10)
+        return read(wanted)
+
+    store._books.disk.read_many = wait_and_read
+    return gate, order
+
+
+def put_apart(store, *firsts):
+    """Store prompts of three chunks, in this order, which is then their order on disk."""
+    engine = Engine(store, layout=BIG)
+    for first in firsts:
+        engine.put(tokens_of(*range(first, first + 3)))
+        store.flush(20)
+
+
+def eventually(is_true):
+    deadline = time.monotonic() + 10
+    while not is_true() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert is_true()
+
+
+def test_a_promotion_that_nobody_waits_for_any_more_leaves_the_queue_and_the_arena_at_once(open_store):
+    put_apart(open_store(), 0, 10, 20)
     store = open_store(io_threads=1)
     engine = Engine(store, layout=BIG)
-    gate = threading.Event()
-    read = store._books.disk.read
-    store._books.disk.read = lambda key, frames: gate.wait(10) and read(key, frames)
-    engine.release(engine.match(tokens_of(*range(7))))
+    gate, order = hold_reads(store)
+    first = engine.match(tokens_of(0, 1, 2))
+    eventually(lambda: len(order) == 3)
+    aborted, last = engine.match(tokens_of(10, 11, 12)), engine.match(tokens_of(20, 21, 22))
+    used = store.stats().bytes.host.used
+    engine.release(aborted)
+    assert store.stats().promotions_skipped == 3
+    assert store.stats().bytes.host.used == used * 2 // 3
     gate.set()
-    deadline = time.monotonic() + 10
-    while store._books.disk_pins.num_pinned and time.monotonic() < deadline:
-        time.sleep(0.001)
-    stats = store.stats()
-    assert stats.promotions_skipped > 0
-    assert stats.promoted + stats.promotions_skipped == stats.chunks_durable == 7
+    assert engine.check(first) == engine.check(last) == [True] * 3
+    assert order == [*keys_of(first), *keys_of(last)]
+    assert store.stats().promoted == 6
+
+
+def test_a_promotion_that_another_request_waits_for_stays(open_store):
+    Engine(open_store(), layout=BIG).put(tokens_of(0, 1, 2))
+    store = open_store(io_threads=1)
+    engine = Engine(store, layout=BIG)
+    gate, order = hold_reads(store)
+    blocking = engine.match(tokens_of(0))
+    eventually(lambda: len(order) == 1)
+    aborted, other = engine.match(tokens_of(0, 1, 2)), engine.match(tokens_of(0, 1, 2))
+    engine.release(aborted)
+    engine.release(blocking)
+    gate.set()
+    assert engine.check(other) == [True] * 3
+    assert store.stats().promotions_skipped == 0
+
+
+def test_a_session_that_dies_takes_its_promotions_out_of_the_queue(open_store):
+    Engine(open_store(), layout=BIG).put(tokens_of(*range(6)))
+    store = open_store(io_threads=1)
+    dying, living = Engine(store, "dying", layout=BIG), Engine(store, "living", layout=BIG)
+    gate, order = hold_reads(store)
+    reply = living.match(tokens_of(0))
+    eventually(lambda: len(order) == 1)
+    dying.match(tokens_of(*range(6)))
+    dying.close()
+    assert store.stats().promotions_skipped == 5
+    gate.set()
+    assert living.check(reply) == [True]
+
+
+def test_chunks_are_read_in_the_order_of_requests_and_prompts(open_store):
+    put_apart(open_store(), 20, 0, 10)
+    store = open_store(io_threads=1)
+    engine = Engine(store, layout=BIG)
+    gate, order = hold_reads(store)
+    replies = [engine.match(tokens_of(*range(first, first + 3))) for first in (0, 10, 20)]
+    gate.set()
+    assert all(all(engine.check(reply)) for reply in replies)
+    assert order == [key for reply in replies for key in keys_of(reply)]
+
+
+def test_a_long_prompt_is_looked_up_in_steps_and_found_whole(open_store, monkeypatch):
+    monkeypatch.setattr(matching, "LOOK_UP_CHUNKS", 4)
+    writer = Engine(open_store())
+    writer.put(tokens_of(*range(30)))
+    store = open_store()
+    engine = Engine(store)
+    assert engine.load(tokens_of(*range(10))) == 10
+    reply = engine.match(tokens_of(*range(40)))
+    assert reply.tiers == bytes([TIER_HOST] * 10 + [TIER_DISK] * 20)
+    assert engine.check(reply) == [True] * 30
 
 
 def test_a_promotion_that_fails_marks_its_frames_and_the_chunk_is_forgotten(open_store):
     Engine(open_store()).put(tokens_of(1, 2))
     store = open_store()
     engine = Engine(store)
-    store._books.disk.read = lambda key, frames: False
+    store._books.disk.read_many = lambda wanted: [False] * len(wanted)
     reply = engine.match(tokens_of(1, 2))
     assert engine.check(reply) == [False, False]
     store.flush(20)
@@ -85,8 +167,8 @@ def test_a_reply_says_when_chunks_on_disk_will_be_there_once_the_disk_was_measur
     Engine(open_store(), layout=BIG).put(tokens_of(*range(7)))
     store = open_store(io_threads=1)
     engine = Engine(store, layout=BIG)
-    read = store._books.disk.read
-    store._books.disk.read = lambda key, frames: time.sleep(0.02) or read(key, frames)
+    read = store._books.disk.read_many
+    store._books.disk.read_many = lambda wanted: time.sleep(0.02 * len(wanted)) or read(wanted)
     first = engine.match(tokens_of(0, 1))
     assert first.ready_in_s == []
     engine.check(first)
@@ -105,13 +187,12 @@ def test_a_reply_says_when_chunks_on_disk_will_be_there_once_the_disk_was_measur
     assert engine.match(tokens_of(*range(7))).ready_in_s == []
 
 
-def test_what_is_cut_off_a_lease_is_not_read_and_is_counted(open_store):
+def test_what_is_cut_off_a_lease_is_not_read_and_is_counted(open_store, monkeypatch):
+    monkeypatch.setattr(promotion, "BATCH_BYTES", MIB)
     Engine(open_store(), layout=BIG).put(tokens_of(*range(7)))
     store = open_store(io_threads=1)
     engine = Engine(store, layout=BIG)
-    gate = threading.Event()
-    read = store._books.disk.read
-    store._books.disk.read = lambda key, frames: gate.wait(10) and read(key, frames)
+    gate, _ = hold_reads(store)
     reply = engine.match(tokens_of(*range(7)))
     session = engine.sessions[0]
     store.trim(Trim(session=session, lease=reply.lease, num_chunks=3))
@@ -139,9 +220,7 @@ def test_when_nothing_was_read_for_long_what_nobody_waits_for_shows_how_fast_the
     Engine(open_store(), layout=BIG).put(tokens_of(*range(7)))
     store = open_store(io_threads=1)
     engine = Engine(store, layout=BIG)
-    gate = threading.Event()
-    read = store._books.disk.read
-    store._books.disk.read = lambda key, frames: gate.wait(10) and read(key, frames)
+    gate, _ = hold_reads(store)
     engine.release(engine.match(tokens_of(*range(7))))
     gate.set()
     wait_until_read(store)
