@@ -7,6 +7,7 @@ import torch
 
 from cachetier.core.config import ConnectorConfig
 from cachetier.core.layout import Shard
+from cachetier_connector.break_even import Choice
 from cachetier_connector.facts import EngineFacts
 from cachetier_connector.plan import StepPlan, tokens_to_bytes
 from cachetier_connector.scheduler_half import SchedulerHalf
@@ -355,3 +356,59 @@ def test_a_request_that_was_preempted_and_ended_between_two_steps_is_cancelled_t
     half.build_plan(step_of({"r": ([1, 2, 3, 4, 5], 0, 150)}))
     half.request_finished(request)
     assert half.build_plan(step_of(preempted={"r"})).preempted == ["r"]
+
+
+def test_of_a_hit_only_the_part_that_is_worth_it_is_loaded_and_what_is_held_is_not_stored(tier, scheduling):
+    tokens = tokens_of(20, 5 * CHUNK + 10)
+    tier.store(tokens[: 3 * CHUNK])
+    half, request, before = scheduling.half, FakeRequest("r", tokens), stats_of(tier.server)
+    half._break_even.choose = lambda hit: Choice(1, 1.5)
+    assert scheduling.arrive(request) == CHUNK
+    assert scheduling.ask(request, 32) == CHUNK - 32, "decided once: what was cut off the lease must not be used"
+    half.update_state_after_alloc(request, [1, 2], CHUNK - 32)
+    [load] = half.build_plan(step_of()).loads
+    assert (load.start, load.end, load.patience_s) == (32, CHUNK, 1.5)
+    half.update_from_workers(["r"], set())
+    plan = half.build_plan(step_of({"r": (list(range(11)), CHUNK, len(tokens) - CHUNK)}))
+    assert stored(plan) == [(3, 2, [6, 7, 8, 9])]
+    eventually(lambda: stats_of(tier.server)["tokens_cut"] == before["tokens_cut"] + 2 * CHUNK)
+    after = eventually(lambda: (stats := stats_of(tier.server))["leases"] == 0 and stats)
+    assert after["hits_cut"] == before["hits_cut"] + 1
+    assert after["tokens"]["hit"]["host"] == before["tokens"]["hit"]["host"] + CHUNK - 32
+
+
+def test_steps_and_loads_teach_what_the_next_hit_is_worth(tier, scheduling):
+    tokens = tokens_of(21, 5 * CHUNK)
+    tier.store(tokens[: 4 * CHUNK])
+    half, known = scheduling.half, scheduling.half._break_even
+    step = half.build_plan(step_of({"other": ([], 0, 300)})).step
+    half.learn(step, {})
+    assert known.prefill.model is not None
+    for number in range(2):
+        request = FakeRequest(str(number), tokens)
+        assert scheduling.arrive(request) == 4 * CHUNK, "memory counts as fast until a load was slow"
+        half.update_state_after_alloc(request, list(range(8)), 4 * CHUNK)
+        half.learn(0, {request.request_id: 400.0})
+        half.learn(0, {request.request_id: 300.0})
+        half.update_from_workers([request.request_id], set())
+        assert known.load.tokens_per_s == pytest.approx(4 * CHUNK / 400)
+        known.load._rates.clear()
+    known.load.learn(1000, 1000.0)
+    assert scheduling.arrive(FakeRequest("last", tokens)) == 0
+    eventually(lambda: stats_of(tier.server)["tokens_per_s"]["prefill"] > 0)
+
+
+def test_a_load_that_failed_or_came_from_elsewhere_does_not_tell_how_fast_memory_is(tier, scheduling):
+    tokens = tokens_of(22, 5 * CHUNK)
+    tier.store(tokens[: 4 * CHUNK])
+    half, request = scheduling.half, FakeRequest("r", tokens)
+    assert scheduling.arrive(request) == 4 * CHUNK
+    half.update_state_after_alloc(request, list(range(8)), 4 * CHUNK)
+    half.learn(0, {"r": 1.0, "gone": 1.0})
+    half.update_from_workers(["r"], {3})
+    assert half._break_even.load.tokens_per_s is None
+
+
+def test_a_step_without_tokens_is_no_step(scheduling):
+    half = scheduling.half
+    assert [half.build_plan(step).step for step in (step_of(), step_of({"r": ([1], 0, 9)}), step_of())] == [0, 1, 0]
