@@ -14,7 +14,6 @@ import cachetier
 from cachetier.core.config import ServerConfig
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import KEY_BYTES, ChainHasher, ChainKey
-from cachetier.core.pool_messages import CheckPools, CheckPoolsReply, CommitPool, OfferPool
 from cachetier.core.messages import (
     MAX_CHUNKS,
     Commit,
@@ -35,6 +34,7 @@ from cachetier.core.messages import (
     ReserveReply,
     Trim,
 )
+from cachetier.core.pool_messages import CheckPools, CheckPoolsReply, CommitPool, OfferPool
 from cachetier.storage.arena import Arena
 from cachetier.storage.data_dir import DataDir
 from cachetier.storage.disk import DiskTier

@@ -13,7 +13,7 @@ FRAMES = 4
 
 @dataclass
 class Memory:
-    """All device memory of a node: the key of the chunk in each frame, by handle. A killed process takes its own away."""
+    """All device memory of a node: the key of the chunk in each frame, by handle; a killed process takes its own."""
 
     parts: dict[bytes, dict[int, bytes]] = field(default_factory=dict)
     num_made: int = 0

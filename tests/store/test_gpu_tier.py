@@ -183,6 +183,20 @@ def test_cold_copies_make_room_and_hot_ones_and_leased_ones_do_not(store, engine
     assert tiers == [TIER_GPU, TIER_GPU, TIER_HOST, TIER_GPU, TIER_GPU]
 
 
+def test_a_leased_copy_stays_however_many_others_want_its_frame(store, engine, memory):
+    prompts = [tokens_of(number) for number in range(20)]
+    for prompt in prompts:
+        engine.put(prompt)
+    assert store.flush(20)
+    engine.warm(prompts[0])
+    leased = engine.ask(prompts[0])
+    for _ in range(4):
+        for prompt in prompts[1:]:
+            engine.warm(prompt)
+    assert store.stats().gpu_evicted > 10
+    assert num_copies(leased, memory) == 1
+
+
 def test_a_round_over_more_than_fits_keeps_a_part_instead_of_nothing(store, engine):
     prompts = [tokens_of(number) for number in range(FRAMES + 1)]
     for prompt in prompts:
