@@ -22,7 +22,7 @@ from typing import Any
 from bench.gpu import bus, questions, tiers
 from bench.gpu.contenders import Cachetier, Contender, Lmcache, native, start_server
 from bench.gpu.lab import QUESTIONS, Lab, Question, hardware_name, timed
-from bench.gpu.raw import measure_copies
+from bench.gpu.raw import make_room_in_shared_memory, measure_copies
 from bench.gpu.setting import GIB, Setting, rehearsal
 from bench.record import RESULTS_DIR
 from tests.e2e.harness import Server
@@ -89,6 +89,7 @@ class Run:
     def all(self) -> None:
         """Ask all questions that were asked for."""
         if not self._setting.is_rehearsal:
+            make_room_in_shared_memory(4 * self._setting.host_bytes)
             self._lab.limits = measure_copies()
             print(f"-- pinned copies: {self._lab.limits}", file=sys.stderr)
         if self._wants(ON_HOST):

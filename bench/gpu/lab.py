@@ -101,8 +101,12 @@ QUESTIONS = (
 )
 
 
-def _place(each: dict[str, Any]) -> int:
-    return QUESTIONS.index(each["question"]) if each["question"] in QUESTIONS else len(QUESTIONS)
+CONTENDERS = ("cachetier", "vllm-native", "lmcache", "none", "limit")
+
+
+def _place(each: dict[str, Any]) -> tuple[int, int, int]:
+    """Questions, short before long prompts, and contenders in the order of these lists."""
+    return QUESTIONS.index(each["question"]), each["parameters"].get("tokens", 0), CONTENDERS.index(each["contender"])
 
 
 def _rounded(value: float) -> float:
@@ -110,11 +114,14 @@ def _rounded(value: float) -> float:
 
 
 def hardware_name() -> str:
-    """Return the GPUs, the CPU and the number of cores."""
-    import torch
+    """Return the GPU, the CPU and the number of cores."""
+    try:
+        import pynvml
 
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return "; ".join([*gpus, hardware()])
+        pynvml.nvmlInit()
+        return f"{pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))}; {hardware()}"
+    except ImportError:  # a rehearsal without a GPU
+        return hardware()
 
 
 def timed(what: str, start_s: float) -> None:

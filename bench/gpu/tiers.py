@@ -96,7 +96,7 @@ def disk_read(lab: Lab) -> None:
         contender.settle()
     server.wait_for(lambda stats: stats["chunks"] and stats["chunks_durable"] >= stats["chunks"], 60)
     segments = sorted((server.data_dir / "segments").iterdir())
-    size = min(4 << 30, sum(segment.stat().st_size for segment in segments) // 4)
+    size = min(2 << 30, sum(segment.stat().st_size for segment in segments) // 4)
     raw = [max(read_rate(segments, threads, size) for threads in RAW_THREADS)]
     server.stop()
     server.start()

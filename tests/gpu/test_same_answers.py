@@ -26,7 +26,8 @@ def test_answers_are_the_same_from_memory_from_disk_after_restarts_and_after_kil
 
 @pytest.fixture(name="bench", scope="module")
 def make_bench(tmp_path_factory):
-    bench = faults.Bench(tmp_path_factory.mktemp("engine"), NOISE, **ON_GPU)
+    folder = tmp_path_factory.mktemp("engine")
+    bench = faults.Bench(folder, NOISE, probe_dir=folder, **ON_GPU)  # loads also where computing would be faster
     yield bench
     bench.close()
 
