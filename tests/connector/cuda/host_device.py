@@ -1,6 +1,7 @@
 """A device without a GPU whose streams run as late and in as odd an order as their events allow.
 
-Nothing that is enqueued runs before somebody waits for it; then streams are served at random. Whatever the copy engine
+Nothing that is enqueued runs before somebody waits for it; then streams are served at random, the engine's last of
+all. Whatever the copy engine
 relies on without having said it with an event goes wrong here sooner or later.
 """
 
@@ -106,6 +107,7 @@ class HostDevice(Device):
                 if is_reached():
                     return
                 order = self._random.sample(self.streams, len(self.streams))
+                order.sort(key=lambda stream: stream is self.engine)
                 assert any(stream.step() for stream in order), "everything waits for something that never comes"
 
     def bind_thread(self) -> None:

@@ -124,6 +124,16 @@ class TestOrder:
         chunks = [tier.put(kv, WHOLE, number) for number in range(4)]
         host.engine.enqueue(lambda: rank.write(old, blocks))  # the blocks' previous owner
         assert load(rank, tier, load_op([WHOLE], blocks, 0, 4 * CHUNK), chunks) == (4, None)
+        host.engine.synchronize()
+        written = rank.snapshot_of_blocks()
+        rank.write(kv, blocks)
+        assert torch.equal(rank.snapshot_of_blocks(), written)
+
+    def test_the_engine_may_still_be_clearing_its_blocks_when_the_kernels_are_compiled_on_them(self, host, rank):
+        kv, blocks = kv_of(5, 3 * CHUNK), [0, 1, 2, 3, 4, 5]
+        host.engine.enqueue(lambda: rank.write(kv, blocks))
+        StagedCopyEngine(host, rank.caches, LAYOUT, WHOLE[0], staging_bytes=STAGING_BYTES, warm_up_tokens=CHUNK)
+        host.engine.synchronize()
         written = rank.snapshot_of_blocks()
         rank.write(kv, blocks)
         assert torch.equal(rank.snapshot_of_blocks(), written)
