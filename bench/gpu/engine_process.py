@@ -30,9 +30,12 @@ class Driver:
     """Asks one engine."""
 
     def __init__(self, options: dict[str, Any]) -> None:
+        from vllm.config import KVTransferConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        if transfer := options.get("kv_transfer_config"):
+            options = options | {"kv_transfer_config": KVTransferConfig(**transfer)}
         self._engine = LLMEngine.from_engine_args(EngineArgs(**options))
         self._num_asked = 0
 

@@ -14,12 +14,16 @@ import time
 def main() -> None:
     """Start the engine, then answer calls until standard input ends."""
     from vllm import SamplingParams
+    from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.llm_engine import LLMEngine
 
     replies = os.fdopen(int(os.environ["CACHETIER_TEST_REPLY_FD"]), "w", buffering=1)
-    engine = LLMEngine.from_engine_args(EngineArgs(**json.loads(sys.argv[1])))
+    options = json.loads(sys.argv[1])
+    if transfer := options.get("kv_transfer_config"):
+        options["kv_transfer_config"] = KVTransferConfig(**transfer)
+    engine = LLMEngine.from_engine_args(EngineArgs(**options))
 
     def generate(
         prompts: list[dict],
