@@ -3,11 +3,11 @@
 import pytest
 
 from tests.e2e.harness import assert_same_answers
-from tests.e2e.stand import NOISE, Stand, prompt_of, storable
+from tests.e2e.stand import Stand, prompt_of, storable
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-BATCH_NOISE = 0.25  # other requests are in the batch
+BATCH_NOISE = 0.25  # what is stored was computed in batches with other requests, and decoded
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -46,7 +46,7 @@ def test_blocks_are_kept_until_they_were_read_also_when_requests_are_preempted_o
         expected = stand.plain(follow_ups)
         warm = stand.assert_hits(follow_ups) if num_ranks == 1 else stand.ask(follow_ups)
         assert sum(answer["cached"] for answer in warm) > 0
-        assert_same_answers(warm, expected, NOISE)
+        assert_same_answers(warm, expected, BATCH_NOISE)
 
         for number in range(5):
             aborted = prompt_of(600 + number, 400)
