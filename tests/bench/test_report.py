@@ -122,3 +122,8 @@ def test_the_script_writes_and_checks(
     (tmp_path / "x.json").write_text("[")
     assert run() == 1
     assert "x.json" in capsys.readouterr().err
+
+
+def test_samples_and_notes_stay_in_the_results(tmp_path: Path) -> None:
+    plain, kept = rendered(tmp_path, a=[row(2)]), rendered(tmp_path, a=[row(2, samples=[1, 2, 3], notes={"hits": 512})])
+    assert plain == kept
