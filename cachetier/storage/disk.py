@@ -15,11 +15,11 @@ from cachetier.storage.data_dir import disk_shape
 from cachetier.storage.file_layer import FileLayer
 from cachetier.storage.index import Location
 from cachetier.storage.namespaces import NamespaceTable, StoredNamespace
-from cachetier.storage.record_reads import PlacedRead, Run, extend_runs
+from cachetier.storage.record_reads import HeldRecord, PlacedRead, Run, extend_runs
 from cachetier.storage.records import DiskChunk
 from cachetier.storage.segment_log import ChunkToWrite, DiskCounters, SegmentLog
 
-__all__ = ["ChunkToWrite", "DiskChunk", "DiskCounters", "DiskTier", "StoredNamespace"]
+__all__ = ["ChunkToWrite", "DiskChunk", "DiskCounters", "DiskTier", "HeldRecord", "StoredNamespace"]
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +100,15 @@ class DiskTier:
                 if is_good is False:
                     self.drop([wanted[read.number][0]])
         return outcomes
+
+    def hold(self, key: ChainKey) -> HeldRecord | None:
+        """Say where the chunk's frames lie and let nothing be written there until `let_go`; None: it is gone."""
+        location = self._find(key)
+        return self._segment_log.hold(location) if location else None
+
+    def let_go(self, record: HeldRecord) -> None:
+        """End a `hold`."""
+        self._segment_log.let_go(record)
 
     def drop(self, keys: Iterable[ChainKey]) -> int:
         """Forget chunks at once, and durably as soon as no group is being written; return how many were held."""

@@ -34,6 +34,14 @@ class PlacedRead(NamedTuple):
         return self.location.offset + self.header_bytes + sum(map(len, self.frames))
 
 
+class HeldRecord(NamedTuple):
+    """Where the frames of a record lie that an engine may read: in which file, from which offset on."""
+
+    slot: int
+    path: str
+    offset: int
+
+
 Run = list[PlacedRead]  # records of one segment, one behind the other
 
 

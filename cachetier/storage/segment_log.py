@@ -9,9 +9,12 @@ copied from the oldest segment into it before the oldest is given up, so at no m
 
 Locking: `write`, `remove`, `close` and `check_integrity` belong to one thread at a time (DiskTier's write lock); `find`
 and `read` run on any thread. `_lock` guards, for moments only, which segments are alive and how many reads are under
-way in each; a segment's file is not written again while one is.
+way in each; a segment's file is not written again while one is. Engines that read segment files themselves hold them
+for longer than anybody should wait: the oldest segment that nobody holds is reclaimed, and where there is none and the
+free one is held, chunks are refused.
 """
 
+import errno
 import logging
 import os
 import threading
@@ -24,7 +27,7 @@ import msgspec
 from cachetier.core.keys import ChainKey
 from cachetier.storage.file_layer import FileLayer
 from cachetier.storage.index import IndexSettings, Location, SegmentEntry
-from cachetier.storage.record_reads import BUFFERS_MAX, Run, read_run
+from cachetier.storage.record_reads import BUFFERS_MAX, HeldRecord, Run, read_run
 from cachetier.storage.records import DiskChunk, header_bytes_of, pack_body, pack_header
 from cachetier.storage.recovery import open_index, recover_table
 from cachetier.storage.segments import SegmentFiles, aligned_buffer
@@ -109,6 +112,7 @@ class SegmentLog:
         self._changed = {slot for slot, entry in stored if entry != self._table[slot]}  # the index has yet to learn it
         self._lock = threading.Condition()
         self._reading: Counter[int] = Counter()
+        self._held: Counter[int] = Counter()
         self.num_rows = self._count_rows()
 
     def find(self, key: ChainKey) -> Location | None:
@@ -145,6 +149,23 @@ class SegmentLog:
                 _log.warning("the record of chunk %s is not what the index says", read.location.chunk.key.hex())
                 self.counters.read_errors += 1
         return list(outcomes)
+
+    def hold(self, location: Location) -> HeldRecord | None:
+        """Say where the record at `location` lies, and let nothing be written there until `let_go`; None: it is gone.
+
+        What is held may be reclaimed: its rows go, or move, and its bytes stay.
+        """
+        with self._lock:
+            slot = self._slot_of.get(location.sequence)
+            if slot is None:
+                return None
+            self._held[slot] += 1
+        return HeldRecord(slot, self._segments.path(slot), location.offset + header_bytes_of(len(location.body)))
+
+    def let_go(self, record: HeldRecord) -> None:
+        """End a `hold`."""
+        with self._lock:
+            self._held[record.slot] -= 1
 
     def write(self, chunks: Sequence[ChunkToWrite]) -> list[bool]:
         """Write the chunks that are not stored yet; return which of them are durable and visible now."""
@@ -303,7 +324,9 @@ class SegmentLog:
     def _roll_over(self) -> None:
         """Make a free segment the active one, and the oldest one free if it was the last."""
         free = [slot for slot, entry in enumerate(self._table) if not entry.sequence]
-        slot = min(free, key=lambda s: s not in self._segments)
+        slot = min(free, key=lambda s: (self._held[s] > 0, s not in self._segments))
+        if self._held[slot]:  # it is no segment any more, so nobody new can hold it
+            raise OSError(errno.EBUSY, "engines still read the segment that was given up last")
         with self._lock:
             self._lock.wait_for(lambda: not self._reading[slot])
         self._segments.activate(slot)
@@ -321,7 +344,8 @@ class SegmentLog:
         self._active = slot
         self._changed = {slot}
         if len(free) == 1:
-            self._reclaim(self._slot_of[min(self._slot_of)])
+            others = self._slot_of.keys() - {sequence}
+            self._reclaim(self._slot_of[min(others, key=lambda s: (self._held[self._slot_of[s]] > 0, s))])
 
     def _reclaim(self, slot: int) -> None:
         """Carry over what is to be kept of a segment, then free it."""

@@ -46,9 +46,9 @@ class SegmentFiles:
                 continue
             slot = int(number) - 1
             if not 0 <= slot < num_slots:
-                self._files.unlink(self._path(slot))
+                self._files.unlink(self.path(slot))
                 continue
-            descriptor = self._files.open(self._path(slot), direct=True)
+            descriptor = self._files.open(self.path(slot), direct=True)
             if self._files.size(descriptor) == self.segment_bytes:
                 self._descriptors[slot] = descriptor
             else:
@@ -70,7 +70,7 @@ class SegmentFiles:
         """
         if slot in self._descriptors:
             return
-        path = self._path(slot)
+        path = self.path(slot)
         descriptor = self._files.open(path, create=True, direct=True)
         try:
             self._files.fallocate(descriptor, self.segment_bytes)
@@ -148,5 +148,6 @@ class SegmentFiles:
             self._files.close(descriptor)
         self._descriptors = {}
 
-    def _path(self, slot: int) -> str:
+    def path(self, slot: int) -> str:
+        """Return where the file of `slot` is."""
         return os.path.join(self._folder, f"{slot + 1:08d}{SUFFIX}")

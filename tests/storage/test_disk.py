@@ -13,7 +13,7 @@ from cachetier.core.keys import ChainKey, ModelIdentity, namespace_of
 from cachetier.core.layout import KVLayout
 from cachetier.storage import record_reads
 from cachetier.storage.data_dir import DataDir
-from cachetier.storage.disk import ChunkToWrite, DiskTier
+from cachetier.storage.disk import ChunkToWrite, DiskTier, HeldRecord
 from cachetier.storage.file_layer import FileLayer
 from cachetier.storage.index import IndexSettings
 from cachetier.storage.namespaces import NamespaceTable
@@ -121,6 +121,52 @@ def test_a_record_that_cannot_be_read_does_not_cost_its_neighbours(config: Serve
     assert read_many(tier, range(6)) == [True, True, False, True, True, True]
     assert [number for number in held(tier) if number < 6] == [0, 1, 3, 4, 5]
     assert tier.counters.read_errors == 1
+    tier.close()
+
+
+def frames_in_file(record: HeldRecord, write: ChunkToWrite) -> bool:
+    """Tell whether the chunk's frames stand where `record` says."""
+    with open(record.path, "rb") as file:
+        file.seek(record.offset)
+        return file.read(write.chunk.payload_bytes()) == b"".join(bytes(frame) for frame in write.frames)
+
+
+def test_what_is_held_stays_where_it_was_whatever_is_written(config: ServerConfig) -> None:
+    tier = DiskTier.open(config)
+    tier.append(WRITES[:16])
+    records = [tier.hold(write.chunk.key) for write in WRITES[:3]]
+    for start in range(16, len(WRITES), 16):
+        assert all(tier.append(WRITES[start : start + 16]))
+    for record, write in zip(records, WRITES[:3], strict=True):
+        assert record is not None
+        assert frames_in_file(record, write)
+        tier.let_go(record)
+    for start in range(16, len(WRITES), 16):
+        tier.drop([write.chunk.key for write in WRITES[start : start + 16]])
+        assert all(tier.append(WRITES[start : start + 16]))
+    assert tier.lookup(WRITES[0].chunk.key) is None
+    assert tier.hold(WRITES[0].chunk.key) is None
+    tier.check_integrity()
+    tier.close()
+
+
+def test_when_every_segment_is_held_new_chunks_are_refused_until_one_is_let_go(config: ServerConfig) -> None:
+    tier = DiskTier.open(config)
+    held_records: list[tuple[HeldRecord, ChunkToWrite]] = []
+    refused_at = None
+    for number, write in enumerate(WRITES):
+        if not tier.append([write])[0]:
+            refused_at = number
+            break
+        record = tier.hold(write.chunk.key)
+        assert record is not None
+        held_records.append((record, write))
+    assert refused_at is not None
+    assert all(frames_in_file(record, write) for record, write in held_records)
+    for record, _ in held_records:
+        tier.let_go(record)
+    assert tier.append([WRITES[refused_at]]) == [True]
+    tier.check_integrity()
     tier.close()
 
 
