@@ -95,9 +95,11 @@ class Run:
         if self._wants(ON_HOST):
             self._replace_server("host", self._setting)
             self.start([self._make(name) for name in self._options.contenders])
+            self._lab.warm_up()
             self.ask(ON_HOST)
         if self._wants(ON_TIERS) and "cachetier" in self._options.contenders:
             self._prepare_tiers()
+            self._lab.warm_up()
             self.ask(ON_TIERS)
         if self._wants(ON_BUS):
             self._stop_all_but()
@@ -107,6 +109,7 @@ class Run:
             self._replace_server("bus", setting)
             names = [name for name in self._options.contenders if name != "none"]
             self.start([self._make(name, setting, **setting.wide_arguments()) for name in names])
+            self._lab.warm_up()
             self.ask(ON_BUS)
 
     def start(self, contenders: Sequence[Contender]) -> None:

@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.contenders import Contender, MissError
+from bench.gpu.contenders import Cachetier, Contender, MissError
 from bench.gpu.setting import Setting
 from bench.record import hardware, row
 
+WARM_UP_TOKENS = 256
 Question = Callable[["Lab"], None]
 
 
@@ -57,6 +58,17 @@ class Lab:
                 self.note(str(error))
             except Exception as error:
                 self.fail(name, error)
+
+    def warm_up(self) -> None:
+        """Have everybody store something, and wait until cachetier's memory is page-locked, as that of others is."""
+
+        def ask(contender: Contender) -> None:
+            contender.ask((self.seed(), WARM_UP_TOKENS))
+            contender.settle()
+
+        self.each(ask)
+        if any(isinstance(contender, Cachetier) for contender in self.live.values()):
+            time.sleep(self.setting.pin_s)
 
     def add(
         self, question: str, contender: str, samples: list[float], unit: str, notes: Any = None, **parameters: Any

@@ -108,6 +108,11 @@ class Setting:
         return {"VLLM_CPU_KVCACHE_SPACE": "1"} if self.is_rehearsal else {}
 
     @property
+    def pin_s(self) -> float:
+        """How long cachetier's workers page-lock the arena in the background, once they have used it."""
+        return 0.0 if self.is_rehearsal else 0.35 * self.host_bytes / GIB
+
+    @property
     def connector_settings(self) -> dict[str, Any]:
         """What cachetier's connector is told: its defaults, except on a machine that is busy with other things."""
         return {"match_deadline_ms": 10_000, "load_deadline_ms": 10_000} if self.is_rehearsal else {}

@@ -100,7 +100,9 @@ def disk_read(lab: Lab) -> None:
     raw = [max(read_rate(segments, threads, size) for threads in RAW_THREADS)]
     server.stop()
     server.start()
-    server.wait_for(lambda stats: stats["sessions"] >= 2, 30)
+    num_engines = sum(isinstance(each, Cachetier) for each in lab.live.values())
+    server.wait_for(lambda stats: stats["sessions"] >= 2 * num_engines, 30)
+    lab.warm_up()
 
     times, rates, cached = defaultdict(list), [], []
     before = {"cachetier": contender.counters()}
