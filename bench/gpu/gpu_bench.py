@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.gpu import bus, questions, tiers
 from bench.gpu.contenders import Cachetier, Contender, Lmcache, native, start_server
-from bench.gpu.lab import QUESTIONS, Lab, Question, hardware_name, timed
+from bench.gpu.lab import Lab, Question, hardware_name, timed
 from bench.gpu.raw import make_room_in_shared_memory, measure_copies
 from bench.gpu.setting import GIB, Setting, rehearsal
 from bench.record import RESULTS_DIR
@@ -40,6 +40,7 @@ ON_TIERS: dict[str, Question] = {
     "disk_read": tiers.disk_read,
 }
 ON_BUS: dict[str, Question] = {"bidirectional": bus.bidirectional}
+ASKED = [*ON_HOST, *ON_TIERS, *ON_BUS]
 UNVERIFIED = {"kv_connector": "UnverifiedConnector", "kv_connector_module_path": "bench.gpu.unverified"}
 BUS_HOST_BYTES = 20 * GIB
 
@@ -60,7 +61,7 @@ def main() -> int:
             lab.save()
             if options.logs:
                 run.keep_logs(options.logs)
-    print(lab.table(), flush=True)
+            print(lab.table(), flush=True)
     return 1 if lab.errors else 0
 
 
@@ -69,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / "gpu.json")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
+    parser.add_argument("--questions", nargs="+", choices=ASKED, default=ASKED)
     parser.add_argument("--rounds", type=int, default=0, help="how often each prompt is asked")
     parser.add_argument("--seconds", type=float, default=480, help="no question is begun after so long")
     parser.add_argument("--eager", action="store_true", help="neither torch.compile nor CUDA graphs, for all")
@@ -132,8 +133,8 @@ class Run:
         for name, question in wanted.items():
             if name not in self._options.questions:
                 continue
-            if time.monotonic() - self._start_s > self._options.seconds:
-                self._lab.errors.append(f"{name}: no time left")
+            if not self._has_time():
+                self._lab.note(f"{name}: no time left")
                 continue
             began_s = time.monotonic()
             try:
@@ -157,7 +158,14 @@ class Run:
             (folder / log.name).write_bytes(log.read_bytes()[-200_000:])
 
     def _wants(self, wanted: dict[str, Question]) -> bool:
-        return any(name in self._options.questions for name in wanted)
+        names = [name for name in wanted if name in self._options.questions]
+        if names and not self._has_time():
+            self._lab.note(f"{', '.join(names)}: no time left")
+            return False
+        return bool(names)
+
+    def _has_time(self) -> bool:
+        return time.monotonic() - self._start_s < self._options.seconds
 
     def _prepare_tiers(self) -> None:
         """Have engines without a connector, with one, with a GPU tier, and one that verifies nothing, on one server."""
