@@ -12,7 +12,7 @@ that are not there yet.
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cachetier.core.messages import TIER_DISK
@@ -53,16 +53,19 @@ class Hit:
         """Return up to which token `num_chunks` can be loaded: never the last one, whose logits must be computed."""
         return max(0, min(num_chunks * self.chunk_tokens, self.num_tokens - 1))
 
-    def arrivals_s(self) -> list[float]:
-        """Return for each chunk in how many seconds from now it and all before it are in host memory, as it seems."""
-        if not self.ready_in_s:
-            return [0.0] * len(self.tiers)
-        left_s, latest_s, ready_in_s = [], 0.0, iter(self.ready_in_s)
-        for tier in self.tiers:
+    @property
+    def num_at_once(self) -> int:
+        """Leading chunks that nobody has to wait for, as far as is known."""
+        first_on_disk = self.tiers.find(TIER_DISK)
+        return first_on_disk if self.ready_in_s and first_on_disk >= 0 else len(self.tiers)
+
+    def arrivals_s(self) -> Iterator[float]:
+        """Give for each chunk from `num_at_once` on in how many seconds from now it and all before it are in memory."""
+        latest_s, ready_in_s = 0.0, iter(self.ready_in_s)
+        for tier in self.tiers[self.num_at_once :]:
             if tier == TIER_DISK:
                 latest_s = max(latest_s, next(ready_in_s) - self.elapsed_s)
-            left_s.append(latest_s)
-        return left_s
+            yield latest_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,33 +108,34 @@ class LoadRate:
 
 
 def choose(hit: Hit, prefill: PrefillModel | None, load_tokens_per_s: float | None) -> Choice:
-    """Return what part of `hit` to load, so that the prompt is computed soonest."""
-    arrivals_s = hit.arrivals_s()
+    """Return what part of `hit` to load, so that the prompt is computed soonest.
+
+    Of chunks that are all there, all or none are worth it: each costs as much to load, and later ones more to compute.
+    """
     num_chunks = len(hit.tiers)
     if prefill is None or hit.end_of(num_chunks) <= hit.num_computed:
         return Choice(num_chunks, PATIENCE_UNMEASURED_S if TIER_DISK in hit.tiers else None)
     s_per_token = 1 / load_tokens_per_s if load_tokens_per_s else 0.0
-    load_s = [
-        max(arrival_s, s_per_token * (hit.end_of(number + 1) - hit.num_computed))
-        for number, arrival_s in enumerate(arrivals_s)
-    ]
-    whole_s = load_s[-1] + prefill.seconds(hit.end_of(num_chunks), hit.num_tokens)
-    best, best_s = 0, prefill.seconds(hit.num_computed, hit.num_tokens)
-    for number in range(hit.num_computed // hit.chunk_tokens, num_chunks):
-        total_s = load_s[number] + prefill.seconds(hit.end_of(number + 1), hit.num_tokens)
-        if total_s <= best_s:
-            best, best_s = number + 1, total_s
-    if whole_s - best_s <= max(MARGIN_S, MARGIN_SHARE * whole_s):
-        best = num_chunks
-    return Choice(best, _patience_s(hit, best, load_s, prefill))
+    best, best_load_s, best_s = 0, 0.0, prefill.seconds(hit.num_computed, hit.num_tokens)
+    load_s, total_s = 0.0, best_s
+    for number, arrival_s in enumerate((0.0, *hit.arrivals_s()), hit.num_at_once):
+        end = hit.end_of(number)
+        if end > hit.num_computed:
+            load_s = max(arrival_s, s_per_token * (end - hit.num_computed))
+            total_s = load_s + prefill.seconds(end, hit.num_tokens)
+            if total_s <= best_s:
+                best, best_load_s, best_s = number, load_s, total_s
+    if total_s - best_s <= max(MARGIN_S, MARGIN_SHARE * total_s):  # what came last is the whole hit
+        best, best_load_s = num_chunks, load_s
+    return Choice(best, _patience_s(hit, best, best_load_s, prefill))
 
 
-def _patience_s(hit: Hit, num_chunks: int, load_s: Sequence[float], prefill: PrefillModel) -> float | None:
+def _patience_s(hit: Hit, num_chunks: int, load_s: float, prefill: PrefillModel) -> float | None:
     if TIER_DISK not in hit.tiers[:num_chunks]:
         return None
     if not hit.ready_in_s:
         return PATIENCE_S + PATIENCE_UNKNOWN_SHARE * prefill.seconds(hit.num_computed, hit.end_of(num_chunks))
-    return PATIENCE_S + (1 + PATIENCE_SHARE) * load_s[num_chunks - 1]
+    return PATIENCE_S + (1 + PATIENCE_SHARE) * load_s
 
 
 class BreakEven:
