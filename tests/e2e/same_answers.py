@@ -14,9 +14,9 @@ from tests.e2e.harness import (
     prompts_with_shared_prefixes,
     running,
 )
+from tests.e2e.stand import CHUNK, PATIENT
 
 PROMPTS = prompts_with_shared_prefixes(24)
-CHUNK = 64
 BF16_ROW_BYTES = 128
 
 
@@ -91,7 +91,7 @@ def assert_same_from_everywhere(
         arguments: for the engine, those that the plain one was given.
     """
     expected, noise = plain
-    connector = {"server": f"unix:{tmp_path / 'server.sock'}"}
+    connector = {"server": f"unix:{tmp_path / 'server.sock'}"} | PATIENT
     dumps = tmp_path / "kv"
     dumps.mkdir()
     server = Server(tmp_path)
