@@ -78,6 +78,15 @@ def test_first_steps_that_were_slow_leave_no_trace():
     assert rate.model.seconds(0, 32_768) == pytest.approx(1.2, rel=0.1)
 
 
+def test_many_short_steps_do_not_tell_what_a_long_one_costs():
+    """A step costs something by itself, which a short one mostly consists of."""
+    rate = PrefillRate()
+    teach(rate, H200, [(0, 16_384), (16_384, 32_768)])
+    for tokens in range(300, 500, 10):
+        rate.learn(stretch(0, tokens), 0.03 + H200.seconds(0, tokens))
+    assert rate.model.seconds(0, 32_768) == pytest.approx(H200.seconds(0, 32_768), rel=0.05)
+
+
 def test_an_engine_that_has_become_slower_is_known_to_be():
     rate = PrefillRate()
     teach(rate, H200, [(0, 8192), (8192, 16_384)] * 16)
