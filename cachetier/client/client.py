@@ -18,6 +18,7 @@ from cachetier.core.messages import (
     MatchReply,
     OpenSession,
     OpenSessionReply,
+    ReadsDirectly,
     RegisterNamespace,
     RegisterNamespaceReply,
     Release,
@@ -64,7 +65,9 @@ class Client:
     @overload
     def call(self, message: CheckPools, timeout_s: float) -> CheckPoolsReply: ...
     @overload
-    def call(self, message: Release | Invalidate | Report | OfferPool | CommitPool, timeout_s: float) -> Empty: ...
+    def call(
+        self, message: Release | Invalidate | Report | ReadsDirectly | OfferPool | CommitPool, timeout_s: float
+    ) -> Empty: ...
     @overload
     def call(self, message: Message, timeout_s: float) -> Message: ...
     def call(self, message: Message, timeout_s: float) -> Message:

@@ -56,6 +56,7 @@ class OpenSessionReply(Message, frozen=True):
         arena_path: file to map.
         arena_bytes: its size.
         lease_ttl_s: a lease that is not renewed or released for so long expires.
+        segments_dir: folder of the disk tier's segment files; empty: there is no disk tier.
     """
 
     session: int
@@ -65,6 +66,7 @@ class OpenSessionReply(Message, frozen=True):
     arena_path: str
     arena_bytes: int
     lease_ttl_s: float
+    segments_dir: str = ""
 
 
 class RegisterNamespace(Message, frozen=True):
@@ -111,11 +113,15 @@ class MatchReply(Message, frozen=True):
         tiers: one byte a held chunk, TIER_GPU, TIER_HOST or TIER_DISK.
         tilings: the distinct ways in which the held chunks are cut into objects.
         tiling_of: one byte a held chunk, an index into `tilings`.
-        frames: arena offsets of the objects, chunk by chunk in the order of its tiling.
+        frames: arena offsets of the objects, chunk by chunk in the order of its tiling; for a chunk in `segments`,
+            offsets of its frames in that file.
         checksums: their checksums, in the same order.
         num_pending: how many chunks after the held ones are being stored now.
         ready_in_s: for each TIER_DISK chunk, in how many seconds it should be in its frames, by what the disk gave
             lately and what it was asked for before; empty while its speed is not known.
+        segments: paths of segment files that the engine is to read itself.
+        segment_of: for each held chunk the number of its file in `segments`, from 1 on, 0: it is in the arena; empty
+            where all would be 0.
         pools: pools that hold copies of some of the chunks.
         pool_of: one byte a held chunk, or empty where all would be POOL_NONE: the number of the pool in `pools`, from
             1 on, that has a copy of it; POOL_FILL: its objects are to be copied to the asking engine's own pool.
@@ -133,6 +139,8 @@ class MatchReply(Message, frozen=True):
     checksums: list[int]
     num_pending: int
     ready_in_s: list[float] = []
+    segments: list[str] = []
+    segment_of: list[int] = []
     pools: list[Pool] = []
     pool_of: bytes = b""
     pool_frames: list[int] = []
@@ -271,6 +279,21 @@ class Report(Message, frozen=True):
     load_tokens_per_s: float = 0.0
 
 
+class ReadsDirectly(Message, frozen=True):
+    """Say that this worker reads chunks from segment files faster than from the arena after a promotion.
+
+    Once all workers of its engine have said so, the engine's matches name segment files.
+
+    Attributes:
+        num_workers: how many workers the engine has.
+        bytes_per_s: how fast it reads; 0: it does not (any more).
+    """
+
+    session: int
+    num_workers: int
+    bytes_per_s: float
+
+
 class Empty(Message, frozen=True):
     """A reply that says nothing but that it was done."""
 
@@ -286,6 +309,7 @@ REPLY_OF: dict[type[Message], type[Message]] = {
     Commit: CommitReply,
     Invalidate: Empty,
     Report: Empty,
+    ReadsDirectly: Empty,
     OfferPool: Empty,
     CommitPool: Empty,
     CheckPools: CheckPoolsReply,
@@ -302,6 +326,7 @@ PATH_OF: dict[type[Message], str] = {
     Commit: f"/v{API_VERSION}/commit",
     Invalidate: f"/v{API_VERSION}/invalidate",
     Report: f"/v{API_VERSION}/report",
+    ReadsDirectly: f"/v{API_VERSION}/reads-directly",
     OfferPool: f"/v{API_VERSION}/pool/offer",
     CommitPool: f"/v{API_VERSION}/pool/commit",
     CheckPools: f"/v{API_VERSION}/pool/check",

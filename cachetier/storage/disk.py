@@ -141,6 +141,16 @@ class DiskTier:
         return counters
 
     @property
+    def num_held(self) -> int:
+        """How many holds have not ended."""
+        return self._segment_log.num_held
+
+    @property
+    def segments_dir(self) -> str:
+        """Folder of the segment files."""
+        return self._segment_log.folder
+
+    @property
     def num_chunks(self) -> int:
         """Chunks that are durable and visible."""
         return self._segment_log.num_rows - len(self._condemned)

@@ -81,6 +81,7 @@ class SegmentLog:
     """Segments, segment table and index together.
 
     Attributes:
+        folder: of the segment files.
         num_rows: chunks that are durable and visible; a crash in the middle of a commit may leave the count off by
             the rows that the commit removed, until their segment is reclaimed.
         counters: what happened since it was opened.
@@ -102,7 +103,8 @@ class SegmentLog:
         """
         self.counters = DiskCounters()
         self._is_hot, self._is_pinned = is_hot, is_pinned
-        self._segments = SegmentFiles(os.path.join(folder, "segments"), settings.segment_bytes, files)
+        self.folder = os.path.join(folder, "segments")
+        self._segments = SegmentFiles(self.folder, settings.segment_bytes, files)
         self._segments.open_existing(settings.num_segments)
         self._index = open_index(os.path.join(folder, "index"), settings, self._segments, files)
         self._table = recover_table(self._index, self._segments)
@@ -210,6 +212,11 @@ class SegmentLog:
         self._index.commit()
         self._changed = set()
         self.num_rows = self._count_rows()
+
+    @property
+    def num_held(self) -> int:
+        """How many holds have not ended."""
+        return self._held.total()
 
     @property
     def is_settled(self) -> bool:

@@ -15,6 +15,7 @@ from cachetier.core.keys import TOKEN_BYTES, ChainHasher, contents_of
 from cachetier.core.messages import MAX_CHUNKS
 from cachetier.storage.arena import Arena
 from cachetier.storage.disk import DiskTier
+from cachetier.store.direct import DirectReaders
 from cachetier.store.disk_pins import DiskPins
 from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.host import HostTable
@@ -40,6 +41,7 @@ class Books:
     disk: DiskTier | None
     lock: threading.Lock = field(default_factory=threading.Lock)
     disk_pins: DiskPins = field(default_factory=DiskPins)
+    direct: DirectReaders = field(default_factory=DirectReaders)
     counters: Counters = field(default_factory=Counters)
     tokens: TokenCounts = field(default_factory=TokenCounts)
     speeds: EngineSpeeds = field(default_factory=EngineSpeeds)

@@ -19,6 +19,7 @@ class ChunkState(Enum):
     PROMOTING = 2  # its frames are being read from disk
     READY = 3  # all objects are there
     GONE = 4  # in no table; its frames are freed when the last pin goes
+    DIRECT = 5  # never in a table: a lease lets an engine read it on disk
 
 
 class Tiling:

@@ -49,6 +49,11 @@ class DiskPins:
             if len(self._hot) > HOT_MAX:
                 self._hot.popitem(last=False)
 
+    def was_read(self, key: ChainKey) -> bool:
+        """Tell whether `key` was read since its record was written."""
+        with self._lock:
+            return key in self._hot
+
     def is_pinned(self, key: ChainKey) -> bool:
         """Tell whether `key` must be carried over; if not, it counts as leaving until `take_leaving`."""
         with self._lock:

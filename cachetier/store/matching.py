@@ -7,14 +7,16 @@ compared, along the whole chain, before it counts.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import ChainKey
 from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, Match, MatchReply
-from cachetier.storage.disk import DiskChunk
+from cachetier.storage.disk import DiskChunk, HeldRecord
 from cachetier.store.books import Books
 from cachetier.store.chunk import HITS_MAX, ChunkState, HostChunk, Tiling
+from cachetier.store.direct import DirectChunk, name_segments
 from cachetier.store.flush import Flusher
 from cachetier.store.leases import Lease, Session
 from cachetier.store.namespaces import Namespace
@@ -24,9 +26,13 @@ LOOK_UP_CHUNKS = 64  # looked up at a time: the first are being read while the n
 
 
 class Prompt:
-    """A prompt's chain, how far it is held (pinned), and what a match keeps on disk meanwhile (`kept`)."""
+    """A prompt's chain, how far it is held (pinned), and what a match keeps on disk meanwhile (`kept`).
 
-    __slots__ = ("contents", "held", "kept", "keys", "namespace", "root", "tiers")
+    `direct_bytes_per_s` is how fast the engine reads segment files itself (0: it does not), and `records` the places
+    there that it may be given.
+    """
+
+    __slots__ = ("contents", "direct_bytes_per_s", "held", "kept", "keys", "namespace", "records", "root", "tiers")
 
     def __init__(self, namespace: Namespace, root: ChainKey, contents: list[bytes], keys: list[ChainKey]) -> None:
         self.namespace = namespace
@@ -36,6 +42,8 @@ class Prompt:
         self.held: list[HostChunk] = []
         self.tiers = bytearray()
         self.kept: list[ChainKey] = []
+        self.direct_bytes_per_s = 0.0
+        self.records: dict[ChainKey, HeldRecord] = {}
 
     def parent_of(self, number: int) -> ChainKey:
         """Return the key before chunk `number`."""
@@ -63,10 +71,12 @@ class Matcher:
         books = self._books
         contents = books.contents(message.tokens, message.extras, message.salt)
         with books.lock:
-            books.leases.session(message.session, books.clock())
+            session = books.leases.session(message.session, books.clock())
             namespace = books.namespaces.get(message.namespace)
+            direct_bytes_per_s = books.direct.bytes_per_s(session.engine)
         root = books.hasher.root(namespace.id, message.salt)
         prompt = Prompt(namespace, root, contents, books.hasher.chain(root, contents))
+        prompt.direct_bytes_per_s = direct_bytes_per_s
         return self._leasing(message, prompt) if message.lease else self._asking(prompt)
 
     def release_read(self, lease: Lease, *, may_fill: bool = True) -> None:
@@ -79,13 +89,15 @@ class Matcher:
         self._unpin(lease.chunks)
 
     def _unpin(self, chunks: Sequence[HostChunk]) -> None:
-        unpin, flusher, promoter = self._books.table.unpin, self._flusher, self._promoter
+        unpin, disk, flusher, promoter = self._books.table.unpin, self._books.disk, self._flusher, self._promoter
         ready, promoting = ChunkState.READY, ChunkState.PROMOTING
         for chunk in chunks:
             if not chunk.is_durable and flusher is not None and chunk.state is ready:
                 flusher.offer(chunk)
             unpin(chunk)
-            if chunk.state is promoting and chunk.pins == 1 and promoter is not None:
+            if isinstance(chunk, DirectChunk) and disk is not None:
+                disk.let_go(chunk.record)
+            elif chunk.state is promoting and chunk.pins == 1 and promoter is not None:
                 promoter.cancel(chunk)
 
     def trim(self, lease: Lease, num_chunks: int) -> None:
@@ -116,6 +128,9 @@ class Matcher:
         finally:
             for key in prompt.kept:
                 books.disk_pins.unpin(key)
+            for record in prompt.records.values():
+                assert books.disk is not None
+                books.disk.let_go(record)
             if lease is None and prompt.held:
                 with books.lock:
                     self._unpin(prompt.held)
@@ -138,19 +153,19 @@ class Matcher:
         get, keys, contents, held, tiers = (
             self._books.table.chunks.get, prompt.keys, prompt.contents, prompt.held, prompt.tiers,
         )  # fmt: skip
-        ready, promoting = ChunkState.READY, ChunkState.PROMOTING
+        ready, promoting, direct = ChunkState.READY, ChunkState.PROMOTING, ChunkState.DIRECT
         for number in range(len(held), len(keys)):
             chunk = get(keys[number])
             if chunk is None:
                 row = rows.get(number)
-                chunk = self._promote(prompt, row) if row is not None else None
+                chunk = self._take_from_disk(prompt, row) if row is not None else None
                 if chunk is None:
                     return
             state = chunk.state
             if (
                 chunk.content != contents[number]
                 or chunk.parent != (keys[number - 1] if number else prompt.root)
-                or (state is not ready and state is not promoting)
+                or (state is not ready and state is not promoting and state is not direct)
             ):
                 return
             chunk.pins += 1
@@ -186,17 +201,28 @@ class Matcher:
             if row is None or not prompt.has(number, row):
                 break
             rows[number] = row
+            if prompt.direct_bytes_per_s and not pins.was_read(key) and (record := disk.hold(key)) is not None:
+                prompt.records[key] = record
         return rows
 
-    def _promote(self, prompt: Prompt, row: DiskChunk) -> HostChunk | None:
-        """Give a chunk on disk frames and queue its reading (lock held); None: there is no room."""
-        books = self._books
+    def _take_from_disk(self, prompt: Prompt, row: DiskChunk) -> HostChunk | None:
+        """Have a chunk on disk read (lock held): by the engine, or by the promoter. None: it cannot be."""
         try:
             tiling = prompt.namespace.tiling(row.tiling)
         except ProtocolError:
             return None
-        if tiling.object_bytes != row.object_bytes or self._promoter is None:
+        if tiling.object_bytes != row.object_bytes:
             return None
+        record = prompt.records.pop(row.key, None)
+        if record is None:
+            return self._promote(prompt, row, tiling)
+        self._books.disk_pins.touch(row.key)
+        return DirectChunk(row, prompt.root, tiling, record)
+
+    def _promote(self, prompt: Prompt, row: DiskChunk, tiling: Tiling) -> HostChunk | None:
+        """Give a chunk on disk frames and queue its reading (lock held); None: there is no room."""
+        books = self._books
+        assert self._promoter is not None
         chunk = HostChunk(
             row.key,
             row.parent,
@@ -237,6 +263,7 @@ class Matcher:
             frames += chunk.frames
             checksums += chunk.checksums
         use = lease.pool_use if lease else None
+        segments, segment_of = name_segments(held)
         return MatchReply(
             lease=lease.id if lease else 0,
             num_chunks=len(held),
@@ -248,6 +275,8 @@ class Matcher:
             checksums=checksums,
             num_pending=self._count_pending(prompt, len(held)),
             ready_in_s=self._ready_in_s(prompt) if held else [],
+            segments=segments,
+            segment_of=segment_of,
             pools=[pool.message for pool in use.pools] if use else [],
             pool_of=bytes(use.pool_of) if use else b"",
             pool_frames=use.frames if use else [],
@@ -257,8 +286,11 @@ class Matcher:
     def _ready_in_s(self, prompt: Prompt) -> list[float]:
         if self._promoter is None or TIER_DISK not in prompt.tiers:
             return []
-        on_disk = (chunk for chunk, tier in zip(prompt.held, prompt.tiers, strict=True) if tier == TIER_DISK)
-        return self._promoter.ready_in_s(on_disk)
+        on_disk = [chunk for chunk, tier in zip(prompt.held, prompt.tiers, strict=True) if tier == TIER_DISK]
+        if not isinstance(on_disk[-1], DirectChunk):
+            return self._promoter.ready_in_s(on_disk)
+        read_bytes = accumulate(chunk.tiling.total_frame_bytes for chunk in on_disk)
+        return [each / prompt.direct_bytes_per_s for each in read_bytes]
 
     def _asking(self, prompt: Prompt) -> MatchReply:
         """Say what is held without touching anything; no frames are named, for nothing keeps them."""

@@ -24,6 +24,7 @@ from cachetier.core.messages import (
     MatchReply,
     OpenSession,
     OpenSessionReply,
+    ReadsDirectly,
     RegisterNamespace,
     RegisterNamespaceReply,
     Release,
@@ -41,6 +42,7 @@ from cachetier.storage.disk import DiskTier
 from cachetier.storage.file_layer import FileLayer
 from cachetier.store.books import Books
 from cachetier.store.chunk import ChunkState
+from cachetier.store.direct import DirectChunk
 from cachetier.store.disk_pins import DiskPins
 from cachetier.store.flush import Flusher
 from cachetier.store.gpu_tier import GpuTier
@@ -142,6 +144,7 @@ class Store:
             arena_path=self._arena_path,
             arena_bytes=self._config.host_bytes,
             lease_ttl_s=self._config.lease_ttl_s,
+            segments_dir=self._books.disk.segments_dir if self._books.disk else "",
         )
 
     def close_session(self, session: int) -> None:
@@ -151,6 +154,7 @@ class Store:
         """
         with self._books.lock:
             self._books.gpu.end_session(session)
+            self._books.direct.end_session(session)
             self._end_dead(self._books.leases.close_session(session))
 
     def register_namespace(self, message: RegisterNamespace) -> RegisterNamespaceReply:
@@ -167,7 +171,9 @@ class Store:
         """Say how many leading chunks of a prompt are held and lease them; start reading those that are on disk.
 
         The hit ends before the first chunk that is held nowhere, is still being stored, or finds no room in the arena
-        because everything is leased. Without `lease` the reply names no frames and nothing is touched or counted.
+        because everything is leased. For an engine that reads segment files itself the reply names places in them,
+        which stay as they are until the lease ends. Without `lease` the reply names no frames and nothing is touched or
+        counted.
         """
         return self._matcher.match(message)
 
@@ -250,6 +256,13 @@ class Store:
             self._books.speeds.load = message.load_tokens_per_s or self._books.speeds.load
         return Empty()
 
+    def reads_directly(self, message: ReadsDirectly) -> Empty:
+        """Note that a worker reads segment files itself, or does not any more."""
+        with self._books.lock:
+            session = self._books.leases.session(message.session, self._clock())
+            self._books.direct.note(session.engine, message)
+        return Empty()
+
     def offer_pool(self, message: OfferPool) -> Empty:
         """Take a rank's part of its engine's pool; it stays until the session ends or offers another."""
         with self._books.lock:
@@ -289,6 +302,7 @@ class Store:
             self._end_dead(self._books.leases.expire(now))
             self._storer.expire(now)
             self._books.gpu.expire(now, self._books.leases.is_open)
+            self._books.direct.expire(self._books.leases.is_open)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Block until everything committed before the call is durable, or was refused by the disk tier.
@@ -311,7 +325,9 @@ class Store:
                 for chunk in lease.chunks:
                     leased[id(chunk)] = leased.get(id(chunk), 0) + 1
                     assert chunk.pins >= leased[id(chunk)], "a leased chunk is not pinned as often as it is leased"
+            num_direct = sum(isinstance(chunk, DirectChunk) for lease in leases for chunk in lease.chunks)
         if self._books.disk is not None:
+            assert self._books.disk.num_held == num_direct, "what is held on disk is not what is leased there"
             self._books.disk.check_integrity()
 
     def close(self, flush_timeout_s: float = 8.0) -> None:

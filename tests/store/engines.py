@@ -21,6 +21,7 @@ from cachetier.core.messages import (
     Match,
     MatchReply,
     OpenSession,
+    ReadsDirectly,
     RegisterNamespace,
     Release,
     Reserve,
@@ -127,6 +128,12 @@ class Engine:
             self.commit(one)
         return filled[0].reply
 
+    def read_directly(self, bytes_per_s: float = 1e9) -> None:
+        """Have all ranks say that they read segment files themselves (0: that they do not)."""
+        for session in self.sessions:
+            said = ReadsDirectly(session=session, num_workers=self.num_ranks, bytes_per_s=bytes_per_s)
+            self.store.reads_directly(said)
+
     def match(self, tokens: bytes, **settings: object) -> MatchReply:
         """Match a prompt."""
         message = Match(session=self.sessions[0], namespace=self.namespace, tokens=tokens, **settings)  # type: ignore[arg-type]
@@ -139,14 +146,17 @@ class Engine:
         for number in range(reply.num_chunks):
             key = reply.keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]
             is_there = True
+            file = reply.segments[reply.segment_of[number] - 1] if reply.segments and reply.segment_of[number] else ""
             for shard in reply.tilings[reply.tiling_of[number]]:
                 offset, checksum = next(frames), next(checksums)
-                is_there &= self.await_frame(offset) if wait else self.store._arena.state(offset) == STATE_READY
+                if not file:
+                    is_there &= self.await_frame(offset) if wait else self.store._arena.state(offset) == STATE_READY
                 if is_there:
                     size = self.layout.object_bytes(shard, CHUNK_TOKENS)
-                    assert read_frame(self.frame(offset, frame_bytes(size)), size, checksum) == payload_of(
-                        key, shard, size
-                    ), "the bytes are not those that were stored"
+                    frame = frame_in(file, offset, size) if file else self.frame(offset, frame_bytes(size))
+                    assert read_frame(frame, size, checksum) == payload_of(key, shard, size), (
+                        "the bytes are not those that were stored"
+                    )
             arrived.append(is_there)
         return arrived
 
@@ -174,6 +184,13 @@ class Engine:
         """Close the sessions of all ranks."""
         for session in self.sessions:
             self.store.close_session(session)
+
+
+def frame_in(path: str, offset: int, size: int) -> memoryview:
+    """Return the frame of an object of `size` bytes that stands in a segment file."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return memoryview(file.read(frame_bytes(size)))
 
 
 @functools.lru_cache(1024)

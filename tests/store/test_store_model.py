@@ -143,6 +143,10 @@ class StoreMachine(RuleBasedStateMachine):
             if not expired:
                 self.alive[reply.lease] = self.now + TTL_S
 
+    @rule(name=ENGINES, is_direct=st.booleans())
+    def read_directly(self, name: str, is_direct: bool) -> None:
+        self.engines[name].read_directly(1e9 * is_direct)
+
     @rule(name=ENGINES, path=PATHS)
     def ask(self, name: str, path: tuple[int, ...]) -> None:
         reply = self.engines[name].match(prompt_of(path), lease=False)
