@@ -108,6 +108,13 @@ class ConnectorConfig:
         48 * MIB, "GPU memory that each worker takes to copy KV through (GPU engines)", size=True
     )
 
+    gpu_bytes: int = setting(
+        0,
+        "GPU memory that each worker keeps the hottest chunks in; allocated at start-up beside vLLM's own, so "
+        "gpu_memory_utilization must leave room for it; 0: no pool (GPU engines)",
+        size=True,
+    )
+
     def __post_init__(self) -> None:
         if self.server and not self.server.startswith("unix:"):
             raise ConfigError(
@@ -119,6 +126,8 @@ class ConnectorConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be between 1 and 60000")
         _at_least("staging_bytes", self.staging_bytes, MIB)
         _at_least("device_staging_bytes", self.device_staging_bytes, MIB)
+        if self.gpu_bytes:
+            _at_least("gpu_bytes", self.gpu_bytes, MIB, "or 0 for no pool")
 
 
 Config = TypeVar("Config", ServerConfig, ConnectorConfig)

@@ -7,11 +7,36 @@ and `fence`, the one store thread `fill`, each load thread its own `LoadRun`s, a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from cachetier.client import ArenaView
 from cachetier_connector.plan import ChunkSource, LoadOp
+
+
+class PoolOffer(NamedTuple):
+    """What `OfferPool` says of one rank's part of its engine's pool."""
+
+    object_bytes: int
+    num_frames: int
+    device: str
+    handle: bytes
+
+
+class Pools(ABC):
+    """A worker's pools in device memory: what the store thread has to tell the server of, and hears from it."""
+
+    @abstractmethod
+    def offer(self, object_bytes: int) -> PoolOffer | None:
+        """Return what this worker offers for objects of a size, None: nothing."""
+
+    @abstractmethod
+    def opened(self) -> list[int]:
+        """Return the ids of the pools of which parts were opened."""
+
+    @abstractmethod
+    def close_gone(self, pools: Iterable[int]) -> None:
+        """Close the parts of `pools`, once no load reads them any more."""
 
 
 class LoadRun(ABC):
@@ -24,6 +49,11 @@ class LoadRun(ABC):
 
         May be known earlier: whatever is pushed after it is not used, so that the caller can stop.
         """
+
+    @property
+    def filled(self) -> list[int]:
+        """The frames of the worker's own pool that hold verified bytes of this load; final after `finish`."""
+        return []
 
     @abstractmethod
     def push(self, group: Sequence[ChunkSource]) -> None:
@@ -58,6 +88,11 @@ class CopyEngine(ABC):
 
         False: `snapshot` copies into host memory, which `staging_bytes` bounds, and blocks may be reused at once.
         """
+
+    @property
+    def pools(self) -> Pools | None:
+        """The pools in device memory that the engine reads and fills, None: it knows none."""
+        return None
 
     @abstractmethod
     def shard_bytes(self, chunk_tokens: int) -> int:

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 
 def make_copy_engine(
-    caches: Sequence[torch.Tensor], vllm_config: "VllmConfig", facts: EngineFacts, shard: Shard
+    caches: Sequence[torch.Tensor], vllm_config: "VllmConfig", facts: EngineFacts, shard: Shard, *, has_pool: bool
 ) -> CopyEngine:
     """Return the copy engine for `caches`, one tensor a layer in the model's order, which hold `shard`.
+
+    `has_pool` says whether it is this rank that keeps its shard's part of the engine's pool.
 
     Raises:
         ConfigError: there is none for this device or this layout.
@@ -27,7 +29,10 @@ def make_copy_engine(
     if device == "cuda":
         from cachetier_connector.cuda.copy_cuda import CudaCopyEngine
 
-        return CudaCopyEngine(caches, facts.layout, shard, staging_bytes=facts.config.device_staging_bytes)
+        config = facts.config
+        pool_bytes = config.gpu_bytes if has_pool and facts.loads else 0
+        staging_bytes = config.device_staging_bytes
+        return CudaCopyEngine(caches, facts.layout, shard, staging_bytes=staging_bytes, pool_bytes=pool_bytes)
     if device != "cpu":
         raise ConfigError(f"cachetier has no copy engine for KV caches on {device!r}; it serves CUDA and CPU engines")
     if any(cache.dim() != 4 or cache.shape != caches[0].shape for cache in caches):

@@ -21,12 +21,14 @@ import torch
 from cachetier.client import ArenaView
 from cachetier.core.arena_format import STATE_FILLING, STATE_READY
 from cachetier.core.errors import CachetierError
+from cachetier.core.pool_messages import POOL_FILL, POOL_NONE
 from cachetier_connector.arena_cache import ArenaCache
 from cachetier_connector.copy_base import CopyEngine, LoadRun
 from cachetier_connector.plan import LoadOp
 
 NUM_THREADS = 2
 GROUP_CHUNKS = 16
+POOL_GROUP_CHUNKS = 64  # what is in device memory takes the device less time than the hand-over
 WATCH_INTERVAL_S = 0.0002
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Loader:
         *,
         stall_s: float,
         report_corrupt: Callable[[bytes], None],
+        report_filled: Callable[[int, list[int]], None] = lambda fill, frames: None,
     ) -> None:
         """Start the threads.
 
@@ -50,10 +53,13 @@ class Loader:
             arenas: to read from.
             stall_s: a load without progress for so long is given up.
             report_corrupt: called with the key of a chunk whose bytes do not match its checksum.
+            report_filled: called with a load's fill, if it has one, and the frames of the own pool that it has filled.
         """
         self._engine, self._arenas = engine, arenas
-        self._stall_s, self._report_corrupt = stall_s, report_corrupt
+        self._stall_s, self._report_corrupt, self._report_filled = stall_s, report_corrupt, report_filled
         self._lock = threading.Lock()
+        self._has_finished = threading.Event()
+        self._num_submitted = self._num_taken = 0
         self._finished: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._seconds: dict[str, float] = {}
@@ -67,12 +73,20 @@ class Loader:
 
     def submit(self, load: LoadOp) -> None:
         """Queue a load. The worker's main thread. The engine bounds their number: each holds paged blocks."""
+        self._num_submitted += 1
         self._loads.put((load, self._engine.fence()))
 
-    def take_finished(self) -> set[str]:
-        """Return the requests whose loads ended since the last call."""
+    def take_finished(self, wait_s: float = 0.0) -> set[str]:
+        """Return the requests whose loads ended since the last call; wait for the first if there are loads at all.
+
+        The worker's main thread.
+        """
+        if wait_s and self._num_taken < self._num_submitted:
+            self._has_finished.wait(wait_s)
         with self._lock:
+            self._has_finished.clear()
             finished, self._finished = self._finished, set()
+        self._num_taken += len(finished)
         return finished
 
     def take_bad_blocks(self) -> set[int]:
@@ -110,6 +124,7 @@ class Loader:
                     self._bad_blocks.update(load.block_ids[end // block_tokens : -(-load.end // block_tokens)])
                 self._finished.add(load.request_id)
                 self._seconds[load.request_id] = time.monotonic() - start_s
+                self._has_finished.set()
 
     def _load(self, load: LoadOp, fence: Any) -> int:
         """Carry out `load`; return up to which token that worked."""
@@ -123,6 +138,8 @@ class Loader:
             self._push_as_ready(arena, load, run)
         finally:
             num_good = run.finish()
+            if load.fill:
+                self._report_filled(load.fill, run.filled)
         if run.corrupt_key is not None:
             log.error("cachetier: a chunk does not match its checksum; dropping it and computing from there")
             self._report_corrupt(run.corrupt_key)
@@ -137,7 +154,8 @@ class Loader:
             if not self._wait_until_ready(arena, chunks[first].frames, patient_until_s):
                 log.warning("cachetier: a chunk did not arrive in time or could not be read; computing from there")
                 return
-            end, end_max = first + 1, min(first + GROUP_CHUNKS, len(chunks))
+            at_once = POOL_GROUP_CHUNKS if POOL_NONE < chunks[first].pool < POOL_FILL else GROUP_CHUNKS
+            end, end_max = first + 1, min(first + at_once, len(chunks))
             while end < end_max and all(arena.state(frame) == STATE_READY for frame in chunks[end].frames):
                 end += 1
             run.push(chunks[first:end])

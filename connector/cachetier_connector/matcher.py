@@ -1,7 +1,7 @@
 """The scheduler half's link thread: matches, releases and renewals, so that vLLM's scheduler never waits for them.
 
 Locking design: jobs travel through one bounded queue. A `MatchTicket` is written by this thread until it sets
-`is_done`, and only read by the scheduler's thread after that; the flags `is_abandoned` and `is_released` are decided
+`done`, and only read by the scheduler's thread after that; the flags `is_abandoned` and `is_released` are decided
 under `_ticket_lock`, so that exactly one side gives a lease back.
 """
 
@@ -10,14 +10,14 @@ import queue
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 
 from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout
-from cachetier.core.messages import LeaseUse, Match, Release, Renew, Report, Trim
+from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, LeaseUse, Match, Release, Renew, Report, Trim
 from cachetier_connector.facts import adapter_of, inputs_of
 from cachetier_connector.fingerprint import fingerprint_folder
 from cachetier_connector.link import ServerLink
@@ -34,7 +34,15 @@ log = logging.getLogger(__name__)
 class Matcher:
     """Carries out the scheduler half's conversation with the server on a thread of its own."""
 
-    def __init__(self, link: ServerLink, identity: ModelIdentity, layout: KVLayout, max_blocking_s: float) -> None:
+    def __init__(
+        self,
+        link: ServerLink,
+        identity: ModelIdentity,
+        layout: KVLayout,
+        max_blocking_s: float,
+        *,
+        reads_pools: bool = False,
+    ) -> None:
         """Start the thread.
 
         Args:
@@ -42,9 +50,10 @@ class Matcher:
             identity: of the model without an adapter.
             layout: of its KV cache group.
             max_blocking_s: how long a match may take before the server counts as dead.
+            reads_pools: whether the engine can use copies in device memory.
         """
         self._link, self._identity, self._layout = link, identity, layout
-        self._max_blocking_s = max_blocking_s
+        self._max_blocking_s, self._reads_pools = max_blocking_s, reads_pools
         self._jobs: queue.Queue[Callable[[], object]] = queue.Queue(MAX_JOBS)
         self._ticket_lock = threading.Lock()
         self._leased: dict[int, MatchTicket] = {}
@@ -62,18 +71,24 @@ class Matcher:
         """Start a match of all tokens that `tracked` has now. Never blocks; done at once when the server is dead."""
         ticket = MatchTicket()
         if not (self._link.is_up and self._submit(lambda: self._match(tracked, ticket))):
-            ticket.is_done = True
+            ticket.done.set()
         return ticket
 
-    def release(self, ticket: MatchTicket, host_tokens: int = 0, disk_tokens: int = 0) -> None:
-        """Give back what `ticket` holds or will hold, saying how much of it was used. Never blocks; idempotent."""
+    def release(self, ticket: MatchTicket, used: Mapping[int, int] | None = None) -> None:
+        """Give back what `ticket` holds or will hold. Never blocks; idempotent.
+
+        Args:
+            ticket: of the match.
+            used: how many tokens of it were used, by tier.
+        """
         with self._ticket_lock:
             ticket.is_abandoned = True
             if ticket.reply is None or ticket.is_released:
                 return
             ticket.is_released = True
         if lease := ticket.reply.lease:
-            use = LeaseUse(lease=lease, host_tokens=host_tokens, disk_tokens=disk_tokens)
+            host, disk, gpu = ((used or {}).get(tier, 0) for tier in (TIER_HOST, TIER_DISK, TIER_GPU))
+            use = LeaseUse(lease=lease, host_tokens=host, disk_tokens=disk, gpu_tokens=gpu)
             self._submit(lambda: self._release(ticket, use))
 
     def trim(self, ticket: MatchTicket, num_chunks: int) -> None:
@@ -151,6 +166,7 @@ class Matcher:
                     salt=request.cache_salt or "",
                     extras=ticket.extras,
                     lease=tracked.may_load and not ticket.is_abandoned,
+                    reads_pools=self._reads_pools,
                 ),
                 self._max_blocking_s,
             )
@@ -161,7 +177,7 @@ class Matcher:
             if reply is not None and reply.lease:
                 self._leased[reply.lease] = ticket
         finally:
-            ticket.is_done = True
+            ticket.done.set()
             if ticket.is_abandoned:
                 self.release(ticket)
 

@@ -14,15 +14,21 @@ import xxhash
 from cachetier.core.keys import KEY_BYTES, TOKEN_BYTES
 from cachetier.core.layout import Shard
 from cachetier.core.messages import MatchReply
+from cachetier.core.pool_messages import POOL_NONE, Pool
 
 
 class ChunkSource(NamedTuple):
-    """Where one chunk to load lies: its key, and arena offsets and checksums of its objects in tiling order."""
+    """Where one chunk to load lies: its key, and arena offsets and checksums of its objects in tiling order.
+
+    `pool` and `pool_frame` say where it stands, or is to be copied to, in device memory: see `MatchReply.pool_of`.
+    """
 
     key: bytes
     tiling: int
     frames: list[int]
     checksums: list[int]
+    pool: int = POOL_NONE
+    pool_frame: int = 0
 
 
 class HeldChunks(msgspec.Struct, frozen=True, array_like=True):
@@ -32,6 +38,8 @@ class HeldChunks(msgspec.Struct, frozen=True, array_like=True):
     tiling_of: bytes
     frames: list[int]
     checksums: list[int]
+    pool_of: bytes = b""
+    pool_frames: list[int] = []
 
     def unpack(self, tilings: Sequence[Sequence[Shard]]) -> list[ChunkSource]:
         """Return the chunks one by one."""
@@ -39,7 +47,8 @@ class HeldChunks(msgspec.Struct, frozen=True, array_like=True):
         for number, tiling in enumerate(self.tiling_of):
             until = offset + sizes[tiling]
             key = self.keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]
-            sources.append(ChunkSource(key, tiling, self.frames[offset:until], self.checksums[offset:until]))
+            pool = (self.pool_of[number], self.pool_frames[number]) if self.pool_of else (POOL_NONE, 0)
+            sources.append(ChunkSource(key, tiling, self.frames[offset:until], self.checksums[offset:until], *pool))
             offset = until
         return sources
 
@@ -56,6 +65,8 @@ class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
         tilings: the tilings that `chunks` refer to.
         block_ids: the request's block table from its first block on.
         arena_path, instance: the arena that the frames lie in.
+        pools: the pools that `chunks` refer to.
+        fill: what the commit of chunks that are copied to the own pool names, 0 when there are none.
         patience_s: how long the load waits for frames that are still being filled, in all; None: as long as they come.
     """
 
@@ -69,6 +80,8 @@ class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
     block_ids: list[int]
     arena_path: str
     instance: str
+    pools: list[Pool] = []
+    fill: int = 0
     patience_s: float | None = None
 
 
@@ -143,6 +156,8 @@ def chunks_to_load(reply: MatchReply, start: int, end: int, chunk_tokens: int) -
         reply.tiling_of[first:last],
         reply.frames[skip:until],
         reply.checksums[skip:until],
+        reply.pool_of[first:last],
+        reply.pool_frames[first:last],
     )
 
 

@@ -1,6 +1,7 @@
 """What the scheduler half remembers of each request. Owned by vLLM's scheduler thread, except where noted."""
 
 import dataclasses
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from cachetier_connector.break_even import Choice
 
 @dataclasses.dataclass(slots=True)
 class MatchTicket:
-    """A match under way. The link thread fills it and sets `is_done` last; the scheduler thread only reads it.
+    """A match under way. The link thread fills it and sets `done` last; the scheduler thread only reads it.
 
     Attributes:
         namespace: of the request's model and adapter; empty while unknown.
@@ -36,7 +37,7 @@ class MatchTicket:
     choice: Choice | None = None
     arena_path: str = ""
     instance: str = ""
-    is_done: bool = False
+    done: threading.Event = dataclasses.field(default_factory=threading.Event)
     is_abandoned: bool = False
     is_released: bool = False
 

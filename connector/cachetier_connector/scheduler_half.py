@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cachetier.core.keys import KEY_BYTES, TOKEN_BYTES, ModelIdentity
-from cachetier.core.messages import TIER_DISK, TIER_HOST
+from cachetier.core.messages import TIER_HOST
 from cachetier_connector.break_even import BreakEven, Hit
 from cachetier_connector.facts import EngineFacts, is_addressable, may_read
 from cachetier_connector.link import ServerLink
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 MAX_CHUNKS_PER_OP = 256
+# vLLM sleeps for 1 ms before it asks again when it has nothing to compute; most matches take less.
+IDLE_WAIT_S = 0.003
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class SchedulerHalf:
         self._requests: dict[str, TrackedRequest] = {}
         self._break_even, self._step = BreakEven(), 0
         self._plan = StepPlan()
+        self._may_wait = True
         self._socket_path = ""
 
         def find_and_remember() -> str:
@@ -66,7 +69,13 @@ class SchedulerHalf:
 
         self._link = ServerLink("scheduler", facts.engine, find_and_remember)
         self._connect()
-        self._matcher = Matcher(self._link, identity, facts.layout, facts.config.match_deadline_ms / 1000)
+        self._matcher = Matcher(
+            self._link,
+            identity,
+            facts.layout,
+            facts.config.match_deadline_ms / 1000,
+            reads_pools=facts.device == "cuda",
+        )
 
     def _connect(self) -> None:
         if not self._facts.config.server:
@@ -100,7 +109,7 @@ class SchedulerHalf:
         if tracked.ticket is None or tracked.ticket.is_released:
             tracked.ticket = self._matcher.match(tracked)
         ticket = tracked.ticket
-        if not ticket.is_done:
+        if not ticket.done.is_set() and not self._waited_for(ticket):
             if time.monotonic() - ticket.since_s < self._facts.config.match_deadline_ms / 1000:
                 return None, False
             self._matcher.release(ticket)
@@ -111,6 +120,11 @@ class SchedulerHalf:
         tracked.matched_from = num_computed_tokens
         end = loadable_end(self._worth_loading(tracked, ticket), ticket.chunk_tokens, request.num_tokens)
         return (end - num_computed_tokens, True) if end > num_computed_tokens else (0, False)
+
+    def _waited_for(self, ticket: MatchTicket) -> bool:
+        """Wait for a match that is nearly there, once a step and only while the engine has nothing to compute."""
+        may_wait, self._may_wait = self._may_wait, False
+        return may_wait and ticket.done.wait(IDLE_WAIT_S)
 
     def update_state_after_alloc(self, request: "Request", block_ids: list[int], num_external_tokens: int) -> None:
         """Plan the load of `num_external_tokens` into the blocks that the request now has.
@@ -143,6 +157,8 @@ class SchedulerHalf:
                 block_ids=tracked.block_ids,
                 arena_path=ticket.arena_path,
                 instance=ticket.instance,
+                pools=ticket.reply.pools,
+                fill=ticket.reply.fill,
                 patience_s=ticket.choice.patience_s if ticket.choice else None,
             )
         )
@@ -164,6 +180,7 @@ class SchedulerHalf:
         if self._facts.keeps_blocks:  # all of them: one that ended since is not tracked any more
             self._plan.preempted = list(output.preempted_req_ids or ())
         plan, self._plan = self._plan, StepPlan()
+        self._may_wait = not output.num_scheduled_tokens
         if output.num_scheduled_tokens:
             self._step += 1
             plan.step = self._step
@@ -257,7 +274,7 @@ class SchedulerHalf:
         tiers = split_by_tier(ticket.reply, start, end, ticket.chunk_tokens)
         if tracked.failed_at is None and tiers.keys() == {TIER_HOST}:
             self._break_even.load.learn(end - start, tracked.load_s)
-        self._matcher.release(ticket, tiers.get(TIER_HOST, 0), tiers.get(TIER_DISK, 0))
+        self._matcher.release(ticket, tiers)
         if tracked.failed_at is not None:  # what was not there after all is worth storing
             ticket.reply = msgspec.structs.replace(ticket.reply, num_chunks=end // ticket.chunk_tokens)
         if tracked.is_finished:
@@ -289,7 +306,7 @@ class SchedulerHalf:
     def _stores(self, tracked: TrackedRequest, num_known_tokens: int) -> list[StoreOp]:
         """Return ops for the chunks that are complete now and have not been handed over."""
         ticket = tracked.ticket
-        if ticket is None or not ticket.is_done or ticket.reply is None:
+        if ticket is None or not ticket.done.is_set() or ticket.reply is None:
             return []
         end_chunk = min(num_known_tokens, tracked.computed_end) // ticket.chunk_tokens
         if end_chunk <= tracked.next_chunk:

@@ -28,10 +28,12 @@ from cachetier.core.errors import CachetierError
 from cachetier.core.keys import KEY_BYTES, TOKEN_BYTES
 from cachetier.core.layout import Shard
 from cachetier.core.messages import RESERVE_FILL, Commit, Invalidate, Report, Reserve, ReserveReply
+from cachetier.core.pool_messages import CommitPool
 from cachetier_connector.arena_cache import ArenaCache
 from cachetier_connector.copy_base import CopyEngine
 from cachetier_connector.link import ServerLink
 from cachetier_connector.plan import StoreOp
+from cachetier_connector.pool_keeper import PoolKeeper
 
 QUEUE_TIME_MAX_S = 1.0
 CALL_TIMEOUT_S = 1.0
@@ -82,6 +84,7 @@ class Storer:
         self._let_go = threading.Condition(self._lock)
         self._staged_bytes = self._dropped = 0
         self._queued: set[_Queued] = set()
+        self._pools = PoolKeeper(engine, link, tiling, shard)
         self._filling: _Queued | None = None
         self._released: set[str] = set()
         self._chains: dict[str, tuple[int, bytes]] = {}
@@ -138,6 +141,14 @@ class Storer:
         """Tell the server that a chunk does not match its checksum."""
         self._jobs.put(lambda: self._link.call(lambda session: Invalidate(session=session, keys=key), CALL_TIMEOUT_S))
 
+    def commit_pool(self, fill: int, frames: list[int]) -> None:
+        """Tell the server which frames of the own pool a load has filled."""
+        self._jobs.put(
+            lambda: self._link.call(
+                lambda session: CommitPool(session=session, fill=fill, frames=frames), CALL_TIMEOUT_S
+            )
+        )
+
     def stop(self) -> bool:
         """Store what is queued, close the session and end the thread; tell whether it has ended."""
         self._jobs.put(None)
@@ -156,6 +167,7 @@ class Storer:
             try:
                 if self._link.probe():
                     self._map_arena()
+                    self._pools.tend()
                 job()
             except Exception:
                 log.exception("cachetier: a job of the storer failed")

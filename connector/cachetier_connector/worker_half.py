@@ -22,6 +22,9 @@ from cachetier_connector.storer import Storer
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+# vLLM's loop would sleep for 1 ms and run an empty step, with the interpreter's lock that the load threads need.
+IDLE_WAIT_S = 0.002
+
 log = logging.getLogger(__name__)
 
 
@@ -42,12 +45,13 @@ class WorkerHalf:
         ordered = [caches[name] for name in layers_in_order(caches)]
         number, self._is_storing = rank_of(vllm_config, facts.layout.num_kv_heads)
         shard = facts.tiling[number]
-        self._engine = make_copy_engine(ordered, vllm_config, facts, shard)
+        self._engine = make_copy_engine(ordered, vllm_config, facts, shard, has_pool=self._is_storing)
         assert self._engine.keeps_blocks == facts.keeps_blocks, "the scheduler half would let blocks go too early"
         expected = facts.layout.object_bytes(shard, chunk_tokens=1)
         if self._engine.shard_bytes(chunk_tokens=1) != expected:
             raise ValueError(f"a token has {self._engine.shard_bytes(1)} bytes of KV on this rank, not {expected}")
         self._socket_path = expected_socket(facts.config)
+        self._is_idle = False
         name = f"worker {vllm_config.parallel_config.rank}"
         arenas = ArenaCache(self._engine.use_arena)
         self._storer = Storer(
@@ -63,11 +67,13 @@ class WorkerHalf:
             arenas,
             stall_s=facts.config.load_deadline_ms / 1000,
             report_corrupt=self._storer.report_corrupt,
+            report_filled=self._storer.commit_pool,
         )
 
     def before_forward(self, plan: StepPlan) -> None:
         """Take from blocks that the coming forward pass may overwrite, and see that nobody reads those of others."""
         self._socket_path = plan.socket_path or self._socket_path
+        self._is_idle = not plan.step
         self._store(plan.stores_before)
         if plan.preempted:  # after the stores: they may be of requests that were preempted before they ended
             self._storer.cancel(plan.preempted)
@@ -88,8 +94,11 @@ class WorkerHalf:
         return self._storer.take_released()
 
     def take_finished_loads(self) -> set[str]:
-        """Return the requests whose loads ended since the last call, successfully or not."""
-        return self._loader.take_finished()
+        """Return the requests whose loads ended since the last call, successfully or not.
+
+        In a step without a forward pass, wait a moment for one: nothing else can make the engine go on.
+        """
+        return self._loader.take_finished(IDLE_WAIT_S if self._is_idle else 0.0)
 
     def take_load_seconds(self) -> dict[str, float]:
         """Return how long the loads took that ended since the last call, by request."""

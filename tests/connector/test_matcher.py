@@ -7,6 +7,7 @@ import time
 import pytest
 from msgspec.structs import replace
 
+from cachetier.core.messages import TIER_HOST
 from cachetier_connector import link as link_module
 from cachetier_connector import matcher as matcher_module
 from cachetier_connector.matcher import Matcher
@@ -28,7 +29,7 @@ def tracked(tokens, *, may_load=True, **attributes):
 
 
 def done(ticket):
-    eventually(lambda: ticket.is_done)
+    eventually(ticket.done.is_set)
     return ticket
 
 
@@ -45,7 +46,7 @@ def test_a_ticket_says_what_is_held_and_holds_a_lease_until_it_is_released(tier,
     assert leases(tier.server) == 1
     before = stats_of(tier.server)["tokens"]["hit"]["host"]
     for _ in range(2):
-        matcher.release(ticket, host_tokens=100)
+        matcher.release(ticket, {TIER_HOST: 100})
         assert ticket.is_released  # so that it is not used again
     assert eventually(lambda: leases(tier.server) == 0)
     assert stats_of(tier.server)["tokens"]["hit"]["host"] == before + 100
@@ -82,7 +83,7 @@ def test_a_ticket_abandoned_while_its_answer_is_on_the_way_gives_its_lease_back(
     monkeypatch.setattr(matcher._link, "call", answer_late)
     ticket = matcher.match(tracked(tokens))
     eventually(lambda: leases(tier.server) == 1)
-    assert not ticket.is_done
+    assert not ticket.done.is_set()
     matcher.release(ticket)
     assert done(ticket).reply.lease
     assert eventually(lambda: leases(tier.server) == 0)
@@ -139,7 +140,7 @@ def test_a_dead_server_answers_at_once(tmp_path):
         server.kill()
         eventually(lambda: not matcher.is_up)
         ticket = matcher.match(tracked(tokens_of(9, CHUNK)))
-        assert ticket.is_done
+        assert ticket.done.is_set()
         assert ticket.reply is None
         matcher.release(ticket)
         matcher.stop()
@@ -168,7 +169,7 @@ def test_a_lease_of_a_server_that_is_gone_is_not_given_back_to_the_next(tier, ma
     ticket = done(matcher.match(tracked(tokens)))
     ticket.instance = "another server"
     before = stats_of(tier.server)["tokens"]["hit"]["host"]
-    matcher.release(ticket, host_tokens=50)
+    matcher.release(ticket, {TIER_HOST: 50})
     done(matcher.match(tracked(tokens, may_load=False)))
     assert stats_of(tier.server)["tokens"]["hit"]["host"] == before
 
@@ -202,7 +203,7 @@ def test_the_queue_is_bounded_and_a_full_one_makes_a_miss(tier, monkeypatch):
     call = matcher._link.call
     monkeypatch.setattr(matcher._link, "call", lambda *arguments: time.sleep(0.2) or call(*arguments))
     tickets = [matcher.match(tracked(tokens_of(20 + number, CHUNK), may_load=False)) for number in range(6)]
-    assert any(ticket.is_done and ticket.reply is None for ticket in tickets)
+    assert any(ticket.done.is_set() and ticket.reply is None for ticket in tickets)
     for ticket in tickets:
         done(ticket)
     assert any(ticket.reply is not None for ticket in tickets)

@@ -1,5 +1,7 @@
 """The scheduler half: which chunks are handed over when, against a real server and step by step."""
 
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -41,7 +43,7 @@ class Scheduling:
         tracked = self.half._requests.get(request.request_id)
         if tracked is not None and tracked.ticket is not None:
             eventually(lambda: self.half.get_num_new_matched_tokens(request, num_computed)[0] is not None)
-            eventually(lambda: tracked.ticket.is_done)
+            eventually(tracked.ticket.done.is_set)
         count, _ = self.half.get_num_new_matched_tokens(request, num_computed)
         assert count is not None
         return count
@@ -79,6 +81,40 @@ def test_chunks_are_handed_over_in_the_step_that_completes_them(scheduling):
     plan = half.build_plan(step_of())
     assert (plan.stores_before, plan.finished) == ([], ["r"])
     assert half._requests == {}
+
+
+def test_an_idle_engine_waits_a_moment_for_the_match_and_a_busy_one_asks_again(tier, scheduling, monkeypatch):
+    monkeypatch.setattr("cachetier_connector.scheduler_half.IDLE_WAIT_S", 5.0)
+    tokens = tokens_of(50, 2 * CHUNK)
+    tier.store(tokens)
+    half, asked = scheduling.half, []
+    for number, scheduled in enumerate(({"other": ([9], 0, 1)}, {})):  # what the step before computed
+        half.build_plan(step_of(scheduled))
+        request = FakeRequest(f"r{number}", tokens)
+        ready = threading.Event()
+        half._matcher._submit(ready.wait)  # the match stands behind it
+        half.on_new_request(request)
+        if number:
+            threading.Timer(0.2, ready.set).start()
+        asked.append(half.get_num_new_matched_tokens(request, 0)[0])
+        ready.set()
+        assert scheduling.ask(request) == 2 * CHUNK - 1
+        half.request_finished(request)
+    assert asked == [None, 2 * CHUNK - 1]
+
+
+def test_an_idle_engine_waits_for_one_match_a_step(scheduling, monkeypatch):
+    monkeypatch.setattr("cachetier_connector.scheduler_half.IDLE_WAIT_S", 0.3)
+    half, ready = scheduling.half, threading.Event()
+    half.build_plan(step_of())
+    half._matcher._submit(ready.wait)
+    requests = [FakeRequest(f"r{number}", tokens_of(51, 100)) for number in range(4)]
+    for request in requests:
+        half.on_new_request(request)
+    start = time.monotonic()
+    assert [half.get_num_new_matched_tokens(request, 0)[0] for request in requests] == [None] * 4
+    assert 0.3 <= time.monotonic() - start < 0.6
+    ready.set()
 
 
 def test_the_first_op_starts_the_chain_and_the_tokens_are_those_of_its_chunks(scheduling):
@@ -253,7 +289,7 @@ def test_the_role_bounds_what_requests_do(tier, request, loads, stores):
     scheduling = Scheduling(tier, request.node.name, loads=loads, stores=stores)
     asking = FakeRequest("r", tokens)
     assert scheduling.arrive(asking) == (2 * CHUNK if loads else 0)
-    eventually(lambda: scheduling.half._requests["r"].ticket.is_done)
+    eventually(scheduling.half._requests["r"].ticket.done.is_set)
     plan = scheduling.half.build_plan(step_of({"r": (list(range(7)), 0, 200)}))
     assert len(plan.stores_after) == stores
     scheduling.half.stop()

@@ -35,6 +35,7 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     list[Shard]: TILINGS,
     list[list[Shard]]: st.lists(TILINGS, max_size=2),
     list[int]: st.lists(COUNTS, max_size=5),
+    list[float]: st.lists(st.floats(allow_nan=False), max_size=5),
     list[int | None]: st.lists(st.none() | COUNTS, max_size=5),
     list[tuple[int, bytes]]: st.lists(st.tuples(COUNTS, KEYS), max_size=3),
     list[messages.LeaseUse]: st.lists(

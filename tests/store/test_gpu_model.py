@@ -24,7 +24,8 @@ LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, row_bytes=2048)  # 256 KiB a chu
 TTL_S = 10.0
 RANKS = {"one": 1, "two": 2, "other two": 2}
 NAMES = st.sampled_from(sorted(RANKS))
-PATHS = st.lists(st.integers(0, 1), min_size=1, max_size=4).map(tuple)
+PATHS = st.lists(st.integers(0, 1), min_size=1, max_size=3).map(tuple)
+RARELY = st.integers(0, 3).map(lambda number: number == 0)
 
 
 def prompt_of(path: tuple[int, ...]) -> bytes:
@@ -60,10 +61,17 @@ class GpuMachine(RuleBasedStateMachine):
         self.engines = {name: Pooled(self.store, name, RANKS[name], layout=LAYOUT) for name in RANKS}
         for name, engine in self.engines.items():
             engine.give_pools(self.memory, num_frames=3 + (name == "two"))
+        for path in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            self.put("one" if path == (1, 1) else "two", path)
+        self.flush()  # what is being written to disk is in use
 
     @rule(name=NAMES, path=PATHS)
     def put(self, name: str, path: tuple[int, ...]) -> None:
         self.engines[name].put(prompt_of(path))
+
+    @rule(name=NAMES, path=PATHS)
+    def warm(self, name: str, path: tuple[int, ...]) -> None:
+        num_copies(self.engines[name].warm(prompt_of(path)), self.memory)
 
     @rule(target=loads, name=NAMES, path=PATHS)
     def match(self, name: str, path: tuple[int, ...]) -> object:
@@ -78,6 +86,9 @@ class GpuMachine(RuleBasedStateMachine):
         return load
 
     @rule(load=loads, rank=st.integers(0, 1))
+    def write_only(self, load: Load, rank: int) -> None:
+        self.write(load, rank)
+
     def write(self, load: Load, rank: int) -> None:
         if rank not in load.to_write or self.now >= load.writes_until:
             return
@@ -89,6 +100,7 @@ class GpuMachine(RuleBasedStateMachine):
 
     @rule(load=loads, rank=st.integers(0, 1), drop=st.integers(0, 15))
     def commit(self, load: Load, rank: int, drop: int) -> None:
+        self.write(load, rank)
         if rank not in load.to_commit:
             return
         load.to_commit.discard(rank)
@@ -127,8 +139,10 @@ class GpuMachine(RuleBasedStateMachine):
         last = keys_of(engine.match(prompt_of(path), lease=False))[-1]
         self.store.invalidate(Invalidate(session=engine.sessions[0], keys=last))
 
-    @rule(name=NAMES, rank=st.integers(0, 1), is_killed=st.booleans(), comes_back=st.booleans())
-    def lose(self, name: str, rank: int, is_killed: bool, comes_back: bool) -> None:
+    @rule(name=NAMES, rank=st.integers(0, 1), is_lost=RARELY, is_killed=st.booleans())
+    def lose(self, name: str, rank: int, is_lost: bool, is_killed: bool) -> None:
+        if not is_lost:
+            return
         engine = self.engines[name]
         rank %= engine.num_ranks
         self.store.close_session(engine.sessions[rank])
@@ -141,11 +155,12 @@ class GpuMachine(RuleBasedStateMachine):
             engine.handles[rank] = self.memory.allocate()
         opened = self.store.open_session(OpenSession(client=f"worker {rank}", engine=name, pid=rank))
         engine.sessions[rank] = opened.session
-        if comes_back:
-            engine.offer(rank)
+        engine.offer(rank)
 
-    @rule(name=NAMES, rank=st.integers(0, 1), num_frames=st.integers(2, 5))
-    def offer(self, name: str, rank: int, num_frames: int) -> None:
+    @rule(name=NAMES, rank=st.integers(0, 1), num_frames=st.integers(2, 5), is_new=RARELY)
+    def offer(self, name: str, rank: int, num_frames: int, is_new: bool) -> None:
+        if not is_new:
+            return
         engine = self.engines[name]
         engine.num_frames = num_frames
         engine.offer(rank % engine.num_ranks)
@@ -192,7 +207,7 @@ def _first(reply: MatchReply, num_chunks: int) -> MatchReply:
 
 
 QUICK = settings(
-    max_examples=20, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 GpuMachine.TestCase.settings = QUICK
 TestGpuTier = GpuMachine.TestCase

@@ -22,6 +22,7 @@ from cachetier_connector.copy_base import CopyEngine
 from cachetier_connector.cuda.device import CudaDevice, Device
 from cachetier_connector.cuda.device_plan import DevicePlans
 from cachetier_connector.cuda.kernels import digest_pages, gather, scatter
+from cachetier_connector.cuda.pool import DevicePools
 from cachetier_connector.cuda.registration import Registration
 from cachetier_connector.cuda.staged_load import StagedLoad
 from cachetier_connector.cuda.staged_store import Snapshot, StagedStore
@@ -45,6 +46,7 @@ class StagedCopyEngine(CopyEngine):
         shard: Shard,
         *,
         staging_bytes: int,
+        pool_bytes: int = 0,
         warm_up_tokens: int = USUAL_CHUNK_TOKENS,
     ) -> None:
         """Serve the paged blocks of one rank; takes all the device memory it will need and compiles its kernels.
@@ -55,6 +57,7 @@ class StagedCopyEngine(CopyEngine):
             layout: of the model's KV cache group.
             shard: what of it this rank holds.
             staging_bytes: device memory for staging.
+            pool_bytes: device memory for this worker's part of the engine's pool; 0: it has none.
             warm_up_tokens: tokens of the chunks that kernels are compiled for.
 
         Raises:
@@ -79,6 +82,7 @@ class StagedCopyEngine(CopyEngine):
         self._lock = threading.Lock()
         self._registrations: list[Registration] = []
         self._is_broken = False
+        self._pools = DevicePools(device, pool_bytes)
         self._warm_up(warm_up_tokens, int(caches[0].shape[0]))
 
     @property
@@ -88,6 +92,10 @@ class StagedCopyEngine(CopyEngine):
     @property
     def keeps_blocks(self) -> bool:
         return True
+
+    @property
+    def pools(self) -> DevicePools:
+        return self._pools
 
     def shard_bytes(self, chunk_tokens: int) -> int:
         return self._layout.object_bytes(self._shard, chunk_tokens)
@@ -142,7 +150,8 @@ class StagedCopyEngine(CopyEngine):
                 arena,
                 load,
                 fence,
-                lambda tiling: self._plans.get(load.tilings[tiling], load.chunk_tokens),
+                lambda tiling, is_staged: self._plans.get(load.tilings[tiling], load.chunk_tokens, is_staged=is_staged),
+                self._pools,
                 end,
             )
         except BaseException as error:
@@ -162,6 +171,10 @@ class StagedCopyEngine(CopyEngine):
             self._registrations = []
             self._load_lanes = []  # and with the lanes their memory
             del self._store_lane, self._plans
+        try:
+            self._pools.stop()
+        except CachetierError as error:
+            log.warning("cachetier: the pool cannot be given back: %s", error)
 
     def _note(self, lane: Lane, error: BaseException) -> None:
         """Find out whether the device still works after `error`; if not, give up caching."""
@@ -198,9 +211,9 @@ class StagedCopyEngine(CopyEngine):
 class CudaCopyEngine(StagedCopyEngine):
     """The copy engine of the CUDA device that `caches` lie on."""
 
-    def __init__(self, caches: Sequence[torch.Tensor], layout: KVLayout, shard: Shard, *, staging_bytes: int) -> None:
+    def __init__(self, caches: Sequence[torch.Tensor], layout: KVLayout, shard: Shard, **sizes: int) -> None:
         """See `StagedCopyEngine`."""
-        super().__init__(CudaDevice(caches[0].device), caches, layout, shard, staging_bytes=staging_bytes)
+        super().__init__(CudaDevice(caches[0].device), caches, layout, shard, **sizes)
 
 
 def _check_form(caches: Sequence[torch.Tensor], layout: KVLayout, shard: Shard) -> None:

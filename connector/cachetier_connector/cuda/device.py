@@ -78,6 +78,10 @@ class Device(ABC):
         """Enqueue a copy from device to host memory."""
 
     @abstractmethod
+    def copy_within(self, target: int, source: int, length_bytes: int, stream: Any) -> None:
+        """Enqueue a copy between device addresses."""
+
+    @abstractmethod
     def launch(self, stream: Any, work: Callable[[], None]) -> None:
         """Have `work` enqueue kernels on `stream`."""
 
@@ -88,6 +92,31 @@ class Device(ABC):
     @abstractmethod
     def unregister(self, address: int) -> None:
         """Undo `register`. Raises DriverError."""
+
+    @property
+    @abstractmethod
+    def uuid(self) -> str:
+        """Which device of the node it is, in all processes."""
+
+    @abstractmethod
+    def allocate(self, length_bytes: int) -> int:
+        """Return the address of device memory that other processes can open. Raises DriverError."""
+
+    @abstractmethod
+    def free(self, address: int) -> None:
+        """Undo `allocate`. Raises DriverError."""
+
+    @abstractmethod
+    def handle_of(self, address: int) -> bytes:
+        """Return by what other processes open what `allocate` returned. Raises DriverError."""
+
+    @abstractmethod
+    def open_handle(self, handle: bytes) -> int:
+        """Return the address of another process's memory, on this device or a peer. Raises DriverError, ValueError."""
+
+    @abstractmethod
+    def close_handle(self, address: int) -> None:
+        """Undo `open_handle`. Raises DriverError."""
 
 
 class CudaDevice(Device):
@@ -149,6 +178,9 @@ class CudaDevice(Device):
         else:
             self._driver.copy_rows_out(host, host_pitch, device, device_pitch, width, rows, stream.cuda_stream)
 
+    def copy_within(self, target: int, source: int, length_bytes: int, stream: Any) -> None:
+        self._driver.copy_within(target, source, length_bytes, stream.cuda_stream)
+
     def launch(self, stream: Any, work: Callable[[], None]) -> None:
         with torch.cuda.stream(stream):
             work()
@@ -158,3 +190,22 @@ class CudaDevice(Device):
 
     def unregister(self, address: int) -> None:
         self._driver.unregister(address)
+
+    @property
+    def uuid(self) -> str:
+        return str(torch.cuda.get_device_properties(self._device).uuid)
+
+    def allocate(self, length_bytes: int) -> int:
+        return self._driver.allocate(length_bytes)
+
+    def free(self, address: int) -> None:
+        self._driver.free(address)
+
+    def handle_of(self, address: int) -> bytes:
+        return self._driver.handle_of(address)
+
+    def open_handle(self, handle: bytes) -> int:
+        return self._driver.open_handle(handle)
+
+    def close_handle(self, address: int) -> None:
+        self._driver.close_handle(address)

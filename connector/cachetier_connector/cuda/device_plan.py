@@ -12,7 +12,7 @@ import torch
 from cachetier.core.layout import KVLayout, Shard
 from cachetier_connector.cuda.device import Device
 from cachetier_connector.cuda.paged_layers import PagedLayers
-from cachetier_connector.cuda.stage_plan import StagePlan, plan_parts
+from cachetier_connector.cuda.stage_plan import StagePlan, plan_parts, plan_single_objects
 
 
 class DevicePlan(NamedTuple):
@@ -35,18 +35,23 @@ class DevicePlans:
         self._slot_bytes = slot_bytes
         self._lock = threading.Lock()
         self._layers: dict[Shard, PagedLayers] = {}
-        self._plans: dict[tuple[tuple[Shard, ...], int], list[DevicePlan]] = {}
+        self._plans: dict[tuple[tuple[Shard, ...], int, bool], list[DevicePlan]] = {}
 
-    def get(self, tiling: Sequence[Shard], chunk_tokens: int) -> list[DevicePlan]:
+    def get(self, tiling: Sequence[Shard], chunk_tokens: int, *, is_staged: bool = True) -> list[DevicePlan]:
         """Return one plan for each part of the shard that is moved on its own.
+
+        Those of chunks that are not staged, but used where they lie in device memory, need one object each.
 
         Raises:
             ConfigError: such chunks cannot be staged.
         """
-        key = (tuple(tiling), chunk_tokens)
+        key = (tuple(tiling), chunk_tokens, is_staged)
         with self._lock:
             if key not in self._plans:
-                plans = plan_parts(self._layout, tiling, self._shard, chunk_tokens, self._slot_bytes)
+                if is_staged:
+                    plans = plan_parts(self._layout, tiling, self._shard, chunk_tokens, self._slot_bytes)
+                else:
+                    plans = plan_single_objects(self._layout, tiling, self._shard, chunk_tokens)
                 self._plans[key] = [
                     DevicePlan(
                         plan,

@@ -132,6 +132,27 @@ class StagePlan:
         return True
 
 
+def plan_single_objects(layout: KVLayout, tiling: Sequence[Shard], wanted: Shard, chunk_tokens: int) -> list[StagePlan]:
+    """Return plans whose parts make up `wanted`, each one range of one object: such a part can be used where it lies.
+
+    Raises:
+        ConfigError: the objects cannot be digested on a device.
+    """
+    parts: list[Shard] = []
+    for stored in tiling:
+        heads = range(max(stored.head_start, wanted.head_start), min(stored.head_end, wanted.head_end))
+        layers = max(stored.layer_start, wanted.layer_start), min(stored.layer_end, wanted.layer_end)
+        if not heads or layers[0] >= layers[1]:
+            continue
+        if layers == (stored.layer_start, stored.layer_end):
+            parts.append(Shard(heads.start, heads.stop, *layers))
+        else:
+            parts += [Shard(head, head + 1, *layers) for head in heads]
+    plans = [StagePlan.of(layout, tiling, part, chunk_tokens) for part in parts]
+    assert all(len(plan.ranges) == 1 for plan in plans), "a part of more than one range"
+    return plans
+
+
 def plan_parts(
     layout: KVLayout, tiling: Sequence[Shard], wanted: Shard, chunk_tokens: int, slot_bytes: int
 ) -> list[StagePlan]:

@@ -1,8 +1,14 @@
-"""A load through staging memory: frames to slots, digests, slots to paged blocks, each behind the other.
+"""A load through staging memory: frames to slots, slots to paged blocks, digests, each behind the other.
 
-What is verified is what was staged: the kernel digests the same bytes that it scatters. The digests are compared when
-the device is done with a slot, so wrong bytes may reach paged blocks first; they are the request's own, which nobody
-reads before the load has finished, and are then reported as bad.
+What is verified is what was staged: the kernels scatter and digest the same bytes. The digests are compared when the
+device is done with a slot, so wrong bytes may reach paged blocks first; they are the request's own, which nobody reads
+before the load has finished, and are then reported as bad.
+
+Chunks that stand in a pool in device memory are used where they lie, without staging. Their frames are kept by the
+load's lease; should one be written all the same (the server lost touch with a worker for minutes), it was so before
+the kernel scattered it or after, and what is digested then is not what the checksum vouches for: bytes go from right to
+wrong, not back. Hence the order: scatter, then digest. Chunks that the match wants in the worker's own pool are
+copied there out of the slot; a frame counts as filled once the slot's digests were found good.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,18 +18,20 @@ from typing import Any
 import torch
 
 from cachetier.client import ArenaView
-from cachetier.core.layout import DIGEST_BYTES
+from cachetier.core.layout import DIGEST_BYTES, pool_frame_bytes
+from cachetier.core.pool_messages import POOL_FILL, POOL_NONE
 from cachetier_connector.copy_base import LoadRun
 from cachetier_connector.cuda.device import Device
 from cachetier_connector.cuda.device_plan import DevicePlan
 from cachetier_connector.cuda.kernels import digest_pages, scatter
+from cachetier_connector.cuda.pool import DevicePools, PoolReads
 from cachetier_connector.cuda.stage_plan import ArenaMemory, StagePlan
-from cachetier_connector.cuda.staging import Lane, Use
+from cachetier_connector.cuda.staging import POOL_PAGES_MAX, Lane, Use
 from cachetier_connector.cuda.transfers import plan_transfers
 from cachetier_connector.plan import ChunkSource, LoadOp
 
-# The plans, one a part, by number of the tiling in the load.
-PlansOf = Callable[[int], Sequence[DevicePlan]]
+# The plans, one a part, by number of the tiling in the load and whether the chunks are staged.
+PlansOf = Callable[[int, bool], Sequence[DevicePlan]]
 
 
 class StagedLoad(LoadRun):
@@ -37,11 +45,15 @@ class StagedLoad(LoadRun):
         load: LoadOp,
         fence: Any,
         plans_of: PlansOf,
+        pools: DevicePools,
         on_end: Callable[[BaseException | None], None],
     ) -> None:
         """Start; `on_end` is called once, with what went wrong, when nothing is under way any more."""
         self._device, self._lane, self._arena, self._load = device, lane, arena, load
         self._plans_of, self._on_end = plans_of, on_end
+        self._own, self._reads = pools.own, PoolReads(pools, load.pools)
+        self._fills: dict[int, int] = {}  # frame in the own pool, by number of the chunk
+        self._filled: list[int] = []
         self._memory = ArenaMemory.of(arena)
         self._num_pushed = self._num_unsettled = 0
         self._num_good: int | None = None  # known once a chunk was bad
@@ -58,8 +70,14 @@ class StagedLoad(LoadRun):
     def push(self, group: Sequence[ChunkSource]) -> None:
         assert self._error is None, "pushed after a failure"
         try:
-            for tiling, chunks in groupby(group, key=lambda chunk: chunk.tiling):
-                self._push(self._plans_of(tiling), list(chunks))
+            for (tiling, is_staged), chunks in groupby(group, key=lambda chunk: (chunk.tiling, self._is_staged(chunk))):
+                plans = self._plans_of(tiling, is_staged)
+                if is_staged:
+                    at_once = min(self._lane.slot_bytes // each.plan.stage_bytes for each in plans)
+                    self._push(plans, list(chunks), at_once, self._stage)
+                else:
+                    at_once = min(POOL_PAGES_MAX // len(each.plan.page_bytes) for each in plans)
+                    self._push(plans, list(chunks), at_once, self._read)
         except BaseException as error:
             self._error = error
             raise
@@ -75,20 +93,42 @@ class StagedLoad(LoadRun):
             self._error = error
             raise
         finally:
+            self._reads.end()
             self._on_end(self._error)
         if self._error is not None:
             return 0
-        return self._num_pushed if self._num_good is None else self._num_good
+        num_good = self._num_pushed if self._num_good is None else self._num_good
+        self._filled = [frame for number, frame in self._fills.items() if number < num_good]
+        return num_good
 
-    def _push(self, plans: Sequence[DevicePlan], chunks: Sequence[ChunkSource]) -> None:
-        at_once = min(self._lane.slot_bytes // each.plan.stage_bytes for each in plans)
+    @property
+    def filled(self) -> list[int]:
+        return self._filled
+
+    def _is_staged(self, chunk: ChunkSource) -> bool:
+        """Tell whether a chunk has to come through staging memory: it is in no pool, or in one out of reach."""
+        if not POOL_NONE < chunk.pool < POOL_FILL:
+            return True
+        return any(
+            len(plan.page_bytes) > POOL_PAGES_MAX
+            or self._reads.address(chunk.pool - 1, plan.ranges[0].of_object) is None
+            for plan, *_ in self._plans_of(chunk.tiling, False)
+        )
+
+    def _push(
+        self,
+        plans: Sequence[DevicePlan],
+        chunks: Sequence[ChunkSource],
+        at_once: int,
+        enqueue: Callable[[DevicePlan, Sequence[ChunkSource]], None],
+    ) -> None:
         for first in range(0, len(chunks), at_once):
             if self._num_good is not None:
                 return
             batch = chunks[first : first + at_once]
             for each in plans:
                 with self._lane.lock:
-                    self._stage(each, batch)
+                    enqueue(each, batch)
             self._num_pushed += len(batch)
 
     def _stage(self, each: DevicePlan, batch: Sequence[ChunkSource]) -> None:
@@ -108,9 +148,37 @@ class StagedLoad(LoadRun):
         use.middle.record(lane.copies)
         lane.kernels.wait_event(use.middle)
         self._device.launch(lane.kernels, self._kernels(each, len(batch), use, sources))
+        for number, chunk in enumerate(batch):
+            if chunk.pool == POOL_FILL and self._own is not None:
+                self._fill(each.plan, chunk, use.address + number * stage_bytes, self._num_pushed + number)
+        self._end(each, batch, use)
+
+    def _read(self, each: DevicePlan, batch: Sequence[ChunkSource]) -> None:
+        """Enqueue what it takes to use chunks where they lie in pools."""
+        lane, [wanted] = self._lane, each.plan.ranges
+        frame_size = pool_frame_bytes(each.plan.object_bytes[wanted.of_object])
+        starts = []
+        for chunk in batch:
+            part = self._reads.address(chunk.pool - 1, wanted.of_object)
+            assert part is not None, "a pool out of reach"
+            starts.append(part + chunk.pool_frame * frame_size + wanted.object_offset)
+        use = lane.begin()
+        sources = self._device.upload(starts, lane.kernels)
+        self._device.launch(lane.kernels, self._kernels(each, len(batch), use, sources))
+        self._end(each, batch, use)
+
+    def _fill(self, plan: StagePlan, chunk: ChunkSource, staged: int, number: int) -> None:
+        """Enqueue the copy of a staged chunk to its frame in the own pool."""
+        assert self._own is not None
+        for index, object_offset, staged_offset, length_bytes in plan.ranges:
+            frame = self._own.frame(chunk.pool_frame, plan.object_bytes[index])
+            self._device.copy_within(frame + object_offset, staged + staged_offset, length_bytes, self._lane.kernels)
+        self._fills[number] = chunk.pool_frame
+
+    def _end(self, each: DevicePlan, batch: Sequence[ChunkSource], use: Use) -> None:
         first = self._num_pushed
         self._num_unsettled += 1
-        lane.end(use, lane.kernels, lambda digests: self._verify(each.plan, batch, first, digests))
+        self._lane.end(use, self._lane.kernels, lambda digests: self._verify(each.plan, batch, first, digests))
 
     def _kernels(self, each: DevicePlan, num_chunks: int, use: Use, sources: torch.Tensor) -> Callable[[], None]:
         load, block_tokens = self._load, each.layers.block_tokens
@@ -121,7 +189,6 @@ class StagedLoad(LoadRun):
         blocks = self._blocks[start // block_tokens : -(-end // block_tokens)]
 
         def work() -> None:
-            digest_pages(sources, each.page_bytes, digests)
             scatter(
                 each.layers,
                 blocks,
@@ -132,6 +199,7 @@ class StagedLoad(LoadRun):
                 sources,
                 each.unit_offsets,
             )
+            digest_pages(sources, each.page_bytes, digests)
 
         return work
 

@@ -18,6 +18,7 @@ from cachetier_connector.cuda.device import Device, Event, Stream
 
 NUM_SLOTS = 2  # one is copied while the kernels work on the other
 NUM_AHEAD = 4 * NUM_SLOTS  # uses of slots that the host may be ahead
+POOL_PAGES_MAX = 1 << 16  # of chunks in pools, 256 MiB of them, that one use may digest; they take no slot
 
 # Called once a use is done, with the digests of its pages as bytes.
 Settle = Callable[[memoryview], None]
@@ -74,7 +75,8 @@ class Lane:
         self.kernels: Stream = device.new_stream(is_urgent=is_urgent)
         self.slot_bytes = memory.numel() // NUM_SLOTS // PAGE_BYTES * PAGE_BYTES
         self.num_users = 0
-        self._free = deque(Use(device, self.slot_bytes // PAGE_BYTES) for _ in range(NUM_AHEAD))
+        num_pages = max(self.slot_bytes // PAGE_BYTES, POOL_PAGES_MAX)
+        self._free = deque(Use(device, num_pages) for _ in range(NUM_AHEAD))
         self._pending: deque[Use] = deque()
         self._last: list[Event | None] = [None] * NUM_SLOTS
         self._number = 0

@@ -83,6 +83,10 @@ class HostDevice(Device):
         register_fails: refuse registrations.
         fails_with: what every call raises from now on, as a CUDA device does after an error that sticks.
         transfers: all that were copied.
+        memory_bytes: more than that is not allocated for pools.
+        allocated: memory of pools, by address.
+        peers: devices of other processes whose memory this one can open.
+        opened: addresses of theirs that it has opened.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -93,6 +97,10 @@ class HostDevice(Device):
         self.register_fails = False
         self.fails_with: Exception | None = None
         self.transfers: list[Transfer] = []
+        self.memory_bytes = 1 << 30
+        self.allocated: dict[int, torch.Tensor] = {}
+        self.peers: list[HostDevice] = []
+        self.opened: list[int] = []
         self._random = random.Random(seed)
 
     def check(self) -> None:
@@ -145,6 +153,37 @@ class HostDevice(Device):
     def copy_out(self, transfer: Transfer, stream: HostStream) -> None:
         self._note(transfer)
         stream.enqueue(lambda: [ctypes.memmove(host, device, width) for host, device, width in rows_of(transfer)])
+
+    def copy_within(self, target: int, source: int, length_bytes: int, stream: HostStream) -> None:
+        stream.enqueue(lambda: ctypes.memmove(target, source, length_bytes))
+
+    @property
+    def uuid(self) -> str:
+        return "GPU-host"
+
+    def allocate(self, length_bytes: int) -> int:
+        if length_bytes > self.memory_bytes:
+            raise DriverError("cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY (2)")
+        memory = torch.full((length_bytes,), 0xDD, dtype=torch.uint8)
+        self.allocated[memory.data_ptr()] = memory
+        return memory.data_ptr()
+
+    def free(self, address: int) -> None:
+        del self.allocated[address]
+
+    def handle_of(self, address: int) -> bytes:
+        return f"{id(self)}:{address}".encode()
+
+    def open_handle(self, handle: bytes) -> int:
+        device, address = map(int, handle.split(b":"))
+        memory = [peer.allocated[address] for peer in self.peers if id(peer) == device and address in peer.allocated]
+        if not memory:
+            raise DriverError("cuIpcOpenMemHandle_v2: CUDA_ERROR_INVALID_VALUE (1)")
+        self.opened.append(address)
+        return address
+
+    def close_handle(self, address: int) -> None:
+        self.opened.remove(address)
 
     def launch(self, stream: HostStream, work: Callable[[], None]) -> None:
         stream.enqueue(work)
