@@ -97,7 +97,8 @@ class Lab:
             spread = f"{min(each['samples']):g}..{max(each['samples']):g}"
             start = f"{each['question']:22} {each['contender']:12} {each['value']:>10g} {each['unit']:9}"
             lines.append(f"{start} {spread:>22}  {parameters}")
-        return "\n".join([*lines, *(f"!! {error.splitlines()[0]}" for error in self.errors)])
+        ends = [error.strip().splitlines() for error in self.errors]  # first what failed, last why
+        return "\n".join([*lines, *("!! " + " ... ".join(dict.fromkeys([end[0], end[-1]])) for end in ends)])
 
 
 QUESTIONS = (
