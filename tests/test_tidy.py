@@ -41,6 +41,7 @@ ALLOWED = {
 OWNERS = {
     "aiohttp": ("cachetier.service", "cachetier.cli"),
     "vllm": ("cachetier_connector",),
+    "kvikio": ("cachetier_connector",),
     "torch": ("cachetier_connector", "cachetier_blend"),
     "triton": ("cachetier_connector.cuda",),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cachetier.cli import doctor_checks
-from cachetier.cli.doctor_checks import CHECKS, Result, Status
+from cachetier.cli.doctor_checks import CHECKS, Status
 from cachetier.cli.main import main
 from tests.service.running import environment
 
@@ -77,17 +77,35 @@ def test_vllm_version_is_judged(monkeypatch: pytest.MonkeyPatch, version: str, s
     assert doctor_checks.check_vllm("").status == status
 
 
-@pytest.mark.parametrize(("has_kvikio", "has_module"), [(False, False), (True, False), (False, True), (True, True)])
-def test_gpu_direct_names_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_kvikio: bool, has_module: bool
+def test_without_a_gpu_chunks_go_through_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_checks, "NVIDIA_DEVICE", str(tmp_path / "none"))
+    result = doctor_checks.check_gpu_direct(str(tmp_path))
+    assert (result.status, "host memory" in result.text, "no CUDA device" in result.text) == (Status.OK, True, True)
+
+
+@pytest.mark.parametrize("mode", ["direct", "host"])
+def test_with_a_gpu_the_probe_says_which_way_is_faster_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setattr(doctor_checks, "NVIDIA_DEVICE", str(tmp_path))
-    monkeypatch.setattr(doctor_checks, "NVIDIA_FS", str(tmp_path if has_module else tmp_path / "none"))
-    monkeypatch.setattr(doctor_checks, "_version_of", lambda *_: "1.0" if has_kvikio else "")
-    result: Result = doctor_checks.check_gpu_direct("")
-    assert ("kvikio" in result.text, "nvidia-fs" in result.text) == (
-        (True, True) if has_kvikio and has_module else (not has_kvikio, not has_module)
-    )
+    found = json.dumps({"mode": mode, "why": "9.00 GB/s against 3.00 GB/s", "advice": "buy one"})
+    done = subprocess.CompletedProcess([], 0, f"a line of a library\n{found}\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    result = doctor_checks.check_gpu_direct(str(tmp_path))
+    assert ("host memory" in result.text) == (mode == "host")
+    assert "9.00 GB/s against 3.00 GB/s" in result.text
+    assert result.advice == "buy one"
+
+
+def test_the_real_probe_answers_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_checks, "NVIDIA_DEVICE", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = doctor_checks.check_gpu_direct(str(tmp_path / "data"))
+    assert (result.status, result.text) == (Status.OK, "through host memory: no CUDA device")
+    monkeypatch.setattr(doctor_checks, "PROBE", "cachetier_connector.cuda.no_such_probe")
+    result = doctor_checks.check_gpu_direct(str(tmp_path / "data"))
+    assert result.status == Status.WARN
+    assert "no_such_probe" in result.advice
 
 
 def test_program_prints_a_line_a_check_and_does_not_import_vllm(tmp_path: Path) -> None:

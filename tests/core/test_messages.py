@@ -34,6 +34,7 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     list[KVLayout]: st.lists(LAYOUTS, max_size=2),
     list[Shard]: TILINGS,
     list[list[Shard]]: st.lists(TILINGS, max_size=2),
+    list[str]: st.lists(st.text(), max_size=3),
     list[int]: st.lists(COUNTS, max_size=5),
     list[float]: st.lists(st.floats(allow_nan=False), max_size=5),
     list[int | None]: st.lists(st.none() | COUNTS, max_size=5),
