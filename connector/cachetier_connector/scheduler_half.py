@@ -254,7 +254,7 @@ class SchedulerHalf:
                 chunk_tokens=ticket.chunk_tokens,
                 tiers=reply.tiers,
                 ready_in_s=reply.ready_in_s,
-                elapsed_s=time.monotonic() - ticket.replied_s,
+                elapsed_s=0.0 if reply.segments else time.monotonic() - ticket.replied_s,  # the engine has not begun
             )
             ticket.choice = self._break_even.choose(hit)
             if ticket.choice.num_chunks < reply.num_chunks:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from cachetier.core.config import ConnectorConfig
 from cachetier.core.layout import Shard
@@ -411,6 +412,21 @@ def test_of_a_hit_only_the_part_that_is_worth_it_is_loaded_and_what_is_held_is_n
     after = eventually(lambda: (stats := stats_of(tier.server))["leases"] == 0 and stats)
     assert after["hits_cut"] == before["hits_cut"] + 1
     assert after["tokens"]["hit"]["host"] == before["tokens"]["hit"]["host"] + CHUNK - 32
+
+
+@pytest.mark.parametrize("segments", [[], ["/data/segments/0"]])
+def test_the_disk_works_while_a_request_waits_unless_the_engine_is_to_read_itself(tier, scheduling, segments):
+    tokens = tokens_of(23, 3 * CHUNK)
+    tier.store(tokens[: 2 * CHUNK])
+    half, request, asked = scheduling.half, FakeRequest("r", tokens), []
+    half._break_even.choose = lambda hit: asked.append(hit) or Choice(2, None)
+    half.on_new_request(request)
+    ticket = half._requests["r"].ticket
+    assert ticket.done.wait(5)
+    ticket.reply = replace(ticket.reply, segments=segments)
+    ticket.replied_s -= 60
+    assert scheduling.ask(request) == 2 * CHUNK
+    assert (asked[0].elapsed_s > 50) == (not segments)
 
 
 def test_steps_and_loads_teach_what_the_next_hit_is_worth(tier, scheduling):
