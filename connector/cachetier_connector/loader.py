@@ -127,7 +127,15 @@ class Loader:
                 self._has_finished.set()
 
     def _load(self, load: LoadOp, fence: Any) -> int:
-        """Carry out `load`; return up to which token that worked."""
+        """Carry out `load` and report what it filled; return up to which token that worked."""
+        filled: list[int] = []
+        try:
+            return self._carry_out(load, fence, filled)
+        finally:
+            if load.fill:
+                self._report_filled(load.fill, filled)
+
+    def _carry_out(self, load: LoadOp, fence: Any, filled: list[int]) -> int:
         try:
             arena = self._arenas.get(load.arena_path, load.instance)
         except CachetierError as error:
@@ -138,8 +146,7 @@ class Loader:
             self._push_as_ready(arena, load, run)
         finally:
             num_good = run.finish()
-            if load.fill:
-                self._report_filled(load.fill, run.filled)
+        filled += run.filled
         if run.corrupt_key is not None:
             log.error("cachetier: a chunk does not match its checksum; dropping it and computing from there")
             self._report_corrupt(run.corrupt_key)
