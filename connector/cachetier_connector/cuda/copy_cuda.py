@@ -1,8 +1,8 @@
 """The copy engine of CUDA devices: every byte through staging memory, in copies as large as the bus likes them.
 
-Three lanes, each with its own slots, streams and a third of the staging memory: one for each load thread, so that a
-load from disk does not hold up one from memory, and one for stores. Kernels of loads go before those of the engine,
-since a request waits for them; kernels of stores take their turn behind.
+Two lanes, each with its own slots and streams: one for loads, with two thirds of the staging memory, and one for
+stores. Loads take turns on theirs, slot by slot, and one that waits for a disk takes none. Kernels of loads go before
+those of the engine, since a request waits for them; kernels of stores take their turn behind.
 
 A CUDA error that sticks ends caching in this worker: the engine then has the same error, and the log should say so
 once and not with every request.
@@ -24,12 +24,12 @@ from cachetier_connector.cuda.device_plan import DevicePlans
 from cachetier_connector.cuda.kernels import digest_pages, gather, scatter
 from cachetier_connector.cuda.pool import DevicePools
 from cachetier_connector.cuda.registration import Registration
-from cachetier_connector.cuda.staged_load import StagedLoad
+from cachetier_connector.cuda.staged_load import POOL_PAGES_MAX, StagedLoad
 from cachetier_connector.cuda.staged_store import Snapshot, StagedStore
-from cachetier_connector.cuda.staging import NUM_SLOTS, Lane
+from cachetier_connector.cuda.staging import NUM_SLOTS, Lane, Turns
 from cachetier_connector.plan import LoadOp
 
-NUM_LOAD_LANES = 2  # as many as there are load threads
+LOAD_SHARES, STORE_SHARES = 2, 1  # of the staging memory
 USUAL_CHUNK_TOKENS = 64  # what is compiled at start-up; another chunk size is compiled when it first comes
 
 log = logging.getLogger(__name__)
@@ -67,15 +67,12 @@ class StagedCopyEngine(CopyEngine):
         device.bind_thread()
         self._device, self._layout, self._shard = device, layout, shard
         self._block_tokens = int(caches[0].shape[-2])
-        share = staging_bytes // (NUM_LOAD_LANES + 1) // (NUM_SLOTS * PAGE_BYTES) * (NUM_SLOTS * PAGE_BYTES)
-        memory = device.empty(share * (NUM_LOAD_LANES + 1))
-        self._load_lanes = [
-            Lane(device, memory[number * share : (number + 1) * share], is_urgent=True)
-            for number in range(NUM_LOAD_LANES)
-        ]
-        self._store_lane = Lane(device, memory[NUM_LOAD_LANES * share :], is_urgent=False)
+        share = staging_bytes // (LOAD_SHARES + STORE_SHARES) // (NUM_SLOTS * PAGE_BYTES) * (NUM_SLOTS * PAGE_BYTES)
+        memory = device.empty(share * (LOAD_SHARES + STORE_SHARES))
+        self._load_lane = Lane(device, memory[: share * LOAD_SHARES], is_urgent=True, num_pages=POOL_PAGES_MAX)
+        self._store_lane = Lane(device, memory[share * LOAD_SHARES :], is_urgent=False)
         now = device.mark()  # the caches may still be written, and memory that torch gave may still be read
-        for lane in (*self._load_lanes, self._store_lane):
+        for lane in (self._load_lane, self._store_lane):
             lane.copies.wait_event(now)
             lane.kernels.wait_event(now)
         self._plans = DevicePlans(device, caches, layout, shard, self._store_lane.slot_bytes)
@@ -133,35 +130,27 @@ class StagedCopyEngine(CopyEngine):
         if self._is_broken:
             raise CachetierError("the device has failed; nothing is loaded any more")
         self._device.bind_thread()
-        with self._lock:
-            lane = min(self._load_lanes, key=lambda each: each.num_users)
-            lane.num_users += 1
+        lane = self._load_lane
 
         def end(error: BaseException | None) -> None:
-            with self._lock:
-                lane.num_users -= 1
             if error is not None:
                 self._note(lane, error)
 
-        try:
-            return StagedLoad(
-                self._device,
-                lane,
-                arena,
-                load,
-                fence,
-                lambda tiling, is_staged: self._plans.get(load.tilings[tiling], load.chunk_tokens, is_staged=is_staged),
-                self._pools,
-                end,
-            )
-        except BaseException as error:
-            end(error)
-            raise
+        return StagedLoad(
+            self._device,
+            lane,
+            arena,
+            load,
+            fence,
+            lambda tiling, is_staged: self._plans.get(load.tilings[tiling], load.chunk_tokens, is_staged=is_staged),
+            self._pools,
+            end,
+        )
 
     def stop(self) -> None:
         self._device.bind_thread()
         try:
-            for lane in (*self._load_lanes, self._store_lane):
+            for lane in (self._load_lane, self._store_lane):
                 lane.drain()
         except Exception as error:
             self._note(self._store_lane, error)
@@ -169,8 +158,7 @@ class StagedCopyEngine(CopyEngine):
             for registration in self._registrations:
                 registration.end()
             self._registrations = []
-            self._load_lanes = []  # and with the lanes their memory
-            del self._store_lane, self._plans
+            del self._load_lane, self._store_lane, self._plans  # and with the lanes their memory
         try:
             self._pools.stop()
         except CachetierError as error:
@@ -190,22 +178,34 @@ class StagedCopyEngine(CopyEngine):
         count = -(-chunk_tokens // self._block_tokens)
         if count > num_blocks:
             return
-        lane = self._store_lane
+        lane, turns = self._store_lane, Turns(self._store_lane)
         blocks = self._device.upload(range(count), lane.kernels)
-        for each in self._plans.get([self._shard], chunk_tokens):
-            with lane.lock:
-                use = lane.begin()
-                staged = lane.addresses(use, each.plan.stage_bytes)[:1]
-                digests = use.digests(1, len(each.page_bytes))
+        for each in [*self._plans.get([self._shard], chunk_tokens)] * 2:  # compiled, then as later
+            with turns:
+                use = turns.begin()
+                staged = lane.addresses(use, 1, each.plan.stage_bytes)
+                digests = use.digests(1, len(each.plan.page_bytes))
 
-                def work() -> None:
-                    gather(each.layers, blocks, 0, 1, chunk_tokens, staged)  # noqa: B023
-                    digest_pages(staged, each.page_bytes, digests)  # noqa: B023
-                    scatter(each.layers, blocks, 0, chunk_tokens, 0, chunk_tokens, staged, each.unit_offsets)  # noqa: B023
+                def work(stream: int | None) -> None:
+                    gather(each.layers, blocks.tensor, 0, 1, chunk_tokens, staged, stream)  # noqa: B023
+                    digest_pages(staged, each.page_bytes, digests, stream)  # noqa: B023
+                    scatter(
+                        each.layers,  # noqa: B023
+                        blocks.tensor,
+                        0,
+                        chunk_tokens,
+                        0,
+                        chunk_tokens,
+                        staged,  # noqa: B023
+                        each.unit_offsets,  # noqa: B023
+                        stream,
+                    )
 
                 self._device.launch(lane.kernels, work)
-                lane.end(use, lane.kernels, lambda _: None)
-                lane.settle_oldest()
+                turns.end(use, lane.kernels, lambda _: None)
+            turns.wait()
+        turns.close()
+        self._device.release(blocks)
 
 
 class CudaCopyEngine(StagedCopyEngine):

@@ -1,7 +1,7 @@
 """The work of the copy engine that runs on the device: gather, scatter, digests. One launch each.
 
-Each function enqueues on the current stream of the current device, which must be the tensors', and does not wait: the
-caller keeps every tensor and address alive and unchanged until the stream has passed. Nothing is checked on the
+Each function enqueues on a stream of the current device, which must be the tensors', and does not wait: the caller
+keeps every tensor and address alive and unchanged until the stream has passed. Nothing is checked on the
 device: block numbers, addresses and sizes must be right. Addresses are those of staging memory on the device,
 multiples of 16. With TRITON_INTERPRET=1 set before this is imported, everything runs on CPU tensors.
 """
@@ -30,6 +30,7 @@ def gather(
     num_chunks: int,
     chunk_tokens: int,
     targets: torch.Tensor,
+    stream: int | None = None,
 ) -> None:
     """Copy consecutive chunks out of paged blocks.
 
@@ -41,9 +42,10 @@ def gather(
         chunk_tokens: tokens a chunk.
         targets: int64 `[num_chunks]` on the device: the address each chunk goes to, `layers.shard_bytes(chunk_tokens)`
             bytes in the canonical layout.
+        stream: the driver's handle; the current stream without it.
     """
-    grid = (_tiles_of(layers, chunk_tokens), num_chunks, 1)
-    _copy_launch(layers, gather_kernel, chunk_tokens)(grid, layers.layer_ptrs, blocks, targets, first_token)
+    launch, num_programs = _copy_launch(layers, gather_kernel, chunk_tokens)
+    launch((num_programs, num_chunks, 1), layers.layer_ptrs, blocks, targets, first_token, stream=stream)
 
 
 def scatter(
@@ -55,6 +57,7 @@ def scatter(
     chunk_tokens: int,
     sources: torch.Tensor,
     unit_offsets: torch.Tensor,
+    stream: int | None = None,
 ) -> None:
     """Copy tokens of consecutive chunks into paged blocks. No byte of any other slot is touched.
 
@@ -69,14 +72,26 @@ def scatter(
             `skip_tokens + num_tokens` reach into.
         unit_offsets: int64 `[num_heads * num_layers]` on the device, multiples of the row's bytes: token `t` of
             `(head, layer)` of chunk `c` is at `sources[c] + unit_offsets[head * num_layers + layer] + t * row_bytes`.
+        stream: the driver's handle; the current stream without it.
     """
     num_chunks = -(-(skip_tokens + num_tokens) // chunk_tokens)
-    grid = (_tiles_of(layers, chunk_tokens), num_chunks, 1)
-    launch = _copy_launch(layers, scatter_kernel, chunk_tokens)
-    launch(grid, layers.layer_ptrs, blocks, sources, unit_offsets, first_token, num_tokens, skip_tokens)
+    launch, num_programs = _copy_launch(layers, scatter_kernel, chunk_tokens)
+    launch(
+        (num_programs, num_chunks, 1),
+        layers.layer_ptrs,
+        blocks,
+        sources,
+        unit_offsets,
+        first_token,
+        num_tokens,
+        skip_tokens,
+        stream=stream,
+    )
 
 
-def digest_pages(sources: torch.Tensor, page_bytes: torch.Tensor, digests: torch.Tensor) -> None:
+def digest_pages(
+    sources: torch.Tensor, page_bytes: torch.Tensor, digests: torch.Tensor, stream: int | None = None
+) -> None:
     """Compute XXH64 (seed 0) of the 4 KiB pages of staged chunks, bit for bit what xxhash computes.
 
     Args:
@@ -85,32 +100,29 @@ def digest_pages(sources: torch.Tensor, page_bytes: torch.Tensor, digests: torch
             from 32 to 4096. Page `p` starts at `sources[c] + p * 4096` also after a shorter one.
         digests: int64 `[num_chunks, pages]`, contiguous, on the device or in pinned memory: where the digests go
             (their bits).
+        stream: the driver's handle; the current stream without it.
     """
     num_chunks, num_pages = digests.shape
     grid = (-(-num_pages // PAGES_A_PROGRAM), num_chunks, 1)
-    _digest_launch(sources.device)(grid, sources, page_bytes, digests, num_pages)
+    _digest_launch(sources.device)(grid, sources, page_bytes, digests, num_pages, stream=stream)
 
 
 def _tile_units(layers: PagedLayers, chunk_tokens: int) -> int:
     return min(TILE_UNITS_MAX, int(triton.next_power_of_2(layers.chunk_units(chunk_tokens))))
 
 
-def _tiles_of(layers: PagedLayers, chunk_tokens: int) -> int:
-    """Return how many programs a chunk needs."""
-    num_tiles = -(-layers.chunk_units(chunk_tokens) // _tile_units(layers, chunk_tokens))
-    return layers.num_heads * layers.num_layers * num_tiles
-
-
-def _copy_launch(layers: PagedLayers, kernel: Any, chunk_tokens: int) -> Launch:
-    key = (kernel.__name__, chunk_tokens)
-    launch = layers.launches.get(key)
-    if launch is None:
+def _copy_launch(layers: PagedLayers, kernel: Any, chunk_tokens: int) -> tuple[Launch, int]:
+    """Return the launch, and how many programs a chunk needs."""
+    key = (kernel, chunk_tokens)
+    found = layers.launches.get(key)
+    if found is None:
+        tile_units = _tile_units(layers, chunk_tokens)
         constants = (
             chunk_tokens,
             layers.num_layers,
             layers.num_heads,
             layers.row_bytes // layers.unit_bytes,
-            _tile_units(layers, chunk_tokens),
+            tile_units,
             UNITS[layers.unit_bytes],
             layers.align_bytes,
             layers.block_tokens,
@@ -118,8 +130,9 @@ def _copy_launch(layers: PagedLayers, kernel: Any, chunk_tokens: int) -> Launch:
             layers.head_stride,
             layers.token_stride,
         )
-        launch = layers.launches[key] = Launch(kernel, constants, COPY_WARPS)
-    return launch
+        num_programs = layers.num_heads * layers.num_layers * -(-layers.chunk_units(chunk_tokens) // tile_units)
+        found = layers.launches[key] = Launch(kernel, constants, COPY_WARPS), num_programs
+    return found
 
 
 @cache

@@ -23,6 +23,7 @@ from cachetier.core.layout import (
     num_pages,
     round_up,
 )
+from cachetier_connector.cuda.transfers import Transfer, plan_rows, plan_transfers
 
 STRIPE_BYTES = 32  # the digest kernel reads whole stripes
 
@@ -95,7 +96,7 @@ class StagePlan:
             raise ConfigError(f"cachetier cannot digest objects of {sizes} bytes on a device: not multiples of 32")
         return cls(part, sizes, tuple(ranges), staged, tuple(unit_offsets), page_bytes)
 
-    def copies(self, frames: Sequence[int], arena: "ArenaMemory", staged: int) -> Iterator[tuple[int, int, int]]:
+    def _copies(self, frames: Sequence[int], arena: "ArenaMemory", staged: int) -> Iterator[tuple[int, int, int]]:
         """Yield host address, device address and bytes of what is staged of one chunk, staged at address `staged`.
 
         Raises:
@@ -106,6 +107,28 @@ class StagePlan:
             if not 0 <= frame <= arena.data_bytes - frame_bytes(self.object_bytes[index]):
                 raise ValueError(f"frame {frame} is outside of the arena")
             yield arena.address + frame + object_offset, staged + staged_offset, length_bytes
+
+    def transfers(self, frames: Sequence[Sequence[int]], arena: "ArenaMemory", staged: int) -> list[Transfer]:
+        """Return the copies of what is staged of consecutive chunks, from address `staged` on.
+
+        Raises:
+            ValueError: a frame is outside of the arena.
+        """
+        stage_bytes = self.stage_bytes
+        if len(self.ranges) > 1:
+            copies = [
+                copy
+                for number, of_chunk in enumerate(frames)
+                for copy in self._copies(of_chunk, arena, staged + number * stage_bytes)
+            ]
+            return plan_transfers(copies, arena.address)
+        [(index, object_offset, _, length_bytes)] = self.ranges
+        starts = [of_chunk[index] for of_chunk in frames]
+        last = arena.data_bytes - frame_bytes(self.object_bytes[index])
+        if min(starts) < 0 or max(starts) > last:
+            raise ValueError(f"a frame of {starts} is outside of the arena")
+        origin = arena.address + object_offset
+        return plan_rows([origin + start for start in starts], staged, stage_bytes, length_bytes, arena.address)
 
     def matches(self, computed: memoryview, frames: Sequence[int], checksums: Sequence[int], arena: ArenaView) -> bool:
         """Tell whether `computed`, the digests of a chunk's staged pages, are those that `checksums` vouch for.

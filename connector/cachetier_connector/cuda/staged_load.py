@@ -26,9 +26,10 @@ from cachetier_connector.cuda.device_plan import DevicePlan
 from cachetier_connector.cuda.kernels import digest_pages, scatter
 from cachetier_connector.cuda.pool import DevicePools, PoolReads
 from cachetier_connector.cuda.stage_plan import ArenaMemory, StagePlan
-from cachetier_connector.cuda.staging import POOL_PAGES_MAX, Lane, Use
-from cachetier_connector.cuda.transfers import plan_transfers
+from cachetier_connector.cuda.staging import Lane, Turns, Use
 from cachetier_connector.plan import ChunkSource, LoadOp
+
+POOL_PAGES_MAX = 1 << 16  # of chunks in pools, 256 MiB of them, that one use may digest; they take no slot
 
 # The plans, one a part, by number of the tiling in the load and whether the chunks are staged.
 PlansOf = Callable[[int, bool], Sequence[DevicePlan]]
@@ -55,13 +56,13 @@ class StagedLoad(LoadRun):
         self._fills: dict[int, int] = {}  # frame in the own pool, by number of the chunk
         self._filled: list[int] = []
         self._memory = ArenaMemory.of(arena)
-        self._num_pushed = self._num_unsettled = 0
+        self._turns = Turns(lane)
+        self._fence = fence
+        self._blocks: Any = None  # uploaded with the first push
+        self._num_pushed = 0
         self._num_good: int | None = None  # known once a chunk was bad
         self._corrupt_key: bytes | None = None
         self._error: BaseException | None = None
-        with lane.lock:
-            self._blocks = device.upload(load.block_ids, lane.copies)
-            lane.kernels.wait_event(fence)
 
     @property
     def corrupt_key(self) -> bytes | None:
@@ -84,15 +85,16 @@ class StagedLoad(LoadRun):
 
     def finish(self) -> int:
         try:
-            with self._lane.lock:
-                if self._error is not None:
-                    self._lane.drain()
-                while self._num_unsettled and self._lane.settle_oldest():
-                    pass
+            if self._error is not None:
+                self._turns.give_up()
+            self._turns.wait()
+            if self._blocks is not None:
+                self._device.release(self._blocks)
         except BaseException as error:
             self._error = error
             raise
         finally:
+            self._turns.close()
             self._reads.end()
             self._on_end(self._error)
         if self._error is not None:
@@ -122,35 +124,40 @@ class StagedLoad(LoadRun):
         at_once: int,
         enqueue: Callable[[DevicePlan, Sequence[ChunkSource]], None],
     ) -> None:
+        if self._blocks is None:
+            self._start()
         for first in range(0, len(chunks), at_once):
             if self._num_good is not None:
                 return
             batch = chunks[first : first + at_once]
             for each in plans:
-                with self._lane.lock:
+                with self._turns:
                     enqueue(each, batch)
             self._num_pushed += len(batch)
 
+    def _start(self) -> None:
+        """Enqueue what goes before all the rest. Another load's kernels must not wait for this one's blocks."""
+        if not self._turns.is_alone:
+            self._fence.synchronize()
+        with self._turns:
+            self._blocks = self._device.upload(self._load.block_ids, self._lane.copies)
+            if not self._fence.has_passed():
+                self._lane.kernels.wait_event(self._fence)
+
     def _stage(self, each: DevicePlan, batch: Sequence[ChunkSource]) -> None:
         """Enqueue all that one slot's content takes."""
-        lane, stage_bytes = self._lane, each.plan.stage_bytes
-        use = lane.begin()
-        sources = lane.addresses(use, stage_bytes)[: len(batch)]
+        lane, plan, use = self._lane, each.plan, self._turns.begin()
         if use.before is not None:
             lane.copies.wait_event(use.before)
-        copies = (
-            copy
-            for number, chunk in enumerate(batch)
-            for copy in each.plan.copies(chunk.frames, self._memory, use.address + number * stage_bytes)
-        )
-        for transfer in plan_transfers(copies, self._memory.address):
+        for transfer in plan.transfers([chunk.frames for chunk in batch], self._memory, use.address):
             self._device.copy_in(transfer, lane.copies)
         use.middle.record(lane.copies)
         lane.kernels.wait_event(use.middle)
+        sources = lane.addresses(use, len(batch), plan.stage_bytes)
         self._device.launch(lane.kernels, self._kernels(each, len(batch), use, sources))
         for number, chunk in enumerate(batch):
             if chunk.pool == POOL_FILL and self._own is not None:
-                self._fill(each.plan, chunk, use.address + number * stage_bytes, self._num_pushed + number)
+                self._fill(plan, chunk, use.address + number * plan.stage_bytes, self._num_pushed + number)
         self._end(each, batch, use)
 
     def _read(self, each: DevicePlan, batch: Sequence[ChunkSource]) -> None:
@@ -162,9 +169,9 @@ class StagedLoad(LoadRun):
             part = self._reads.address(chunk.pool - 1, wanted.of_object)
             assert part is not None, "a pool out of reach"
             starts.append(part + chunk.pool_frame * frame_size + wanted.object_offset)
-        use = lane.begin()
-        sources = self._device.upload(starts, lane.kernels)
-        self._device.launch(lane.kernels, self._kernels(each, len(batch), use, sources))
+        use = self._turns.begin()
+        use.upload = self._device.upload(starts, lane.kernels)
+        self._device.launch(lane.kernels, self._kernels(each, len(batch), use, use.upload.tensor))
         self._end(each, batch, use)
 
     def _fill(self, plan: StagePlan, chunk: ChunkSource, staged: int, number: int) -> None:
@@ -177,34 +184,35 @@ class StagedLoad(LoadRun):
 
     def _end(self, each: DevicePlan, batch: Sequence[ChunkSource], use: Use) -> None:
         first = self._num_pushed
-        self._num_unsettled += 1
-        self._lane.end(use, self._lane.kernels, lambda digests: self._verify(each.plan, batch, first, digests))
+        self._turns.end(use, self._lane.kernels, lambda digests: self._verify(each.plan, batch, first, digests))
 
-    def _kernels(self, each: DevicePlan, num_chunks: int, use: Use, sources: torch.Tensor) -> Callable[[], None]:
-        load, block_tokens = self._load, each.layers.block_tokens
+    def _kernels(
+        self, each: DevicePlan, num_chunks: int, use: Use, sources: torch.Tensor
+    ) -> Callable[[int | None], None]:
+        load = self._load
         chunks_start = (load.first_chunk + self._num_pushed) * load.chunk_tokens
         start = max(load.start, chunks_start)
         end = min(load.end, chunks_start + num_chunks * load.chunk_tokens)
-        digests = use.digests(num_chunks, len(each.page_bytes))
-        blocks = self._blocks[start // block_tokens : -(-end // block_tokens)]
+        digests = use.digests(num_chunks, len(each.plan.page_bytes))
+        blocks = self._blocks.tensor
 
-        def work() -> None:
+        def work(stream: int | None) -> None:
             scatter(
                 each.layers,
                 blocks,
-                start % block_tokens,
+                start,
                 end - start,
                 start - chunks_start,
                 load.chunk_tokens,
                 sources,
                 each.unit_offsets,
+                stream,
             )
-            digest_pages(sources, each.page_bytes, digests)
+            digest_pages(sources, each.page_bytes, digests, stream)
 
         return work
 
     def _verify(self, plan: StagePlan, batch: Sequence[ChunkSource], first: int, digests: memoryview) -> None:
-        self._num_unsettled -= 1
         row_bytes = len(plan.page_bytes) * DIGEST_BYTES
         for number, chunk in enumerate(batch):
             if self._num_good is not None and self._num_good <= first + number:

@@ -15,9 +15,8 @@ from cachetier.core.layout import DIGEST_BYTES, digests_offset
 from cachetier_connector.cuda.device import Device
 from cachetier_connector.cuda.device_plan import DevicePlan
 from cachetier_connector.cuda.kernels import digest_pages, gather
-from cachetier_connector.cuda.stage_plan import ArenaMemory
-from cachetier_connector.cuda.staging import Lane
-from cachetier_connector.cuda.transfers import plan_transfers
+from cachetier_connector.cuda.stage_plan import ArenaMemory, StagePlan
+from cachetier_connector.cuda.staging import Lane, Turns
 
 
 class Snapshot(NamedTuple):
@@ -31,7 +30,7 @@ class Snapshot(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """A chunk to be filled: its number in the snapshot, its frame, and the digests that have arrived so far."""
+    """A chunk to be filled: its number in the snapshot, its frame, and the digests of its first parts."""
 
     number: int
     frame: int
@@ -53,63 +52,62 @@ class StagedStore:
         """Do what `CopyEngine.fill` says."""
         chunks = [_Chunk(number, frame, bytearray()) for number, frame in zip(numbers, frames, strict=True)]
         at_once = min(self._lane.slot_bytes // each.plan.stage_bytes for each in self._plans)
-        with self._lane.lock:
-            try:
+        turns = Turns(self._lane)
+        try:
+            with turns:
                 # First what needs no waiting: the copy must not stand between the step's end and the gathering.
                 blocks = self._device.upload(self._snapshot.block_ids, self._lane.kernels)
                 self._lane.kernels.wait_event(self._snapshot.event)
-                for batch in _batches(chunks, at_once):
-                    if not is_wanted():
-                        break
-                    for each in self._plans:
-                        self._stage(each, batch, blocks)
-                while self._lane.settle_oldest():
-                    pass
-            except BaseException:
-                try:
-                    self._lane.drain()
-                finally:
-                    self._lane.discard()
-                raise
+            for batch in _batches(chunks, at_once):
+                if not is_wanted():
+                    break
+                for each in self._plans:
+                    with turns:
+                        self._stage(turns, each, batch, blocks.tensor)
+            turns.wait()
+            if self._checksums:  # else nothing has waited for the upload
+                self._device.release(blocks)
+        except BaseException:
+            turns.give_up()
+            raise
+        finally:
+            turns.close()
         return [self._checksums.get(number) for number in numbers]
 
-    def _stage(self, each: DevicePlan, batch: Sequence[_Chunk], blocks: torch.Tensor) -> None:
+    def _stage(self, turns: Turns, each: DevicePlan, batch: Sequence[_Chunk], blocks: torch.Tensor) -> None:
         """Enqueue all that one slot's content takes."""
-        lane, plan = self._lane, each.plan
-        use = lane.begin()
-        targets = lane.addresses(use, plan.stage_bytes)[: len(batch)]
-        digests = use.digests(len(batch), len(each.page_bytes))
-        first_token = self._snapshot.first_token + batch[0].number * self._snapshot.chunk_tokens
-        first_block, slot = divmod(first_token, each.layers.block_tokens)
+        lane, plan, use = self._lane, each.plan, turns.begin()
+        targets = lane.addresses(use, len(batch), plan.stage_bytes)
+        digests = use.digests(len(batch), len(plan.page_bytes))
+        chunk_tokens = self._snapshot.chunk_tokens
+        first_token = self._snapshot.first_token + batch[0].number * chunk_tokens
 
-        def work() -> None:
-            gather(each.layers, blocks[first_block:], slot, len(batch), self._snapshot.chunk_tokens, targets)
-            digest_pages(targets, each.page_bytes, digests)
+        def work(stream: int | None) -> None:
+            gather(each.layers, blocks, first_token, len(batch), chunk_tokens, targets, stream)
+            digest_pages(targets, each.page_bytes, digests, stream)
 
         if use.before is not None:
             lane.kernels.wait_event(use.before)
         self._device.launch(lane.kernels, work)
         use.middle.record(lane.kernels)
         lane.copies.wait_event(use.middle)
-        copies = (
-            copy
-            for number, chunk in enumerate(batch)
-            for copy in plan.copies([chunk.frame], self._memory, use.address + number * plan.stage_bytes)
-        )
-        for transfer in plan_transfers(copies, self._memory.address):
+        for transfer in plan.transfers([[chunk.frame] for chunk in batch], self._memory, use.address):
             self._device.copy_out(transfer, lane.copies)
         is_last = each is self._plans[-1]
-        lane.end(use, lane.copies, lambda computed: self._take(each, batch, computed, is_last))
+        turns.end(use, lane.copies, lambda computed: self._take(plan, batch, computed, is_last))
 
-    def _take(self, each: DevicePlan, batch: Sequence[_Chunk], computed: memoryview, is_last: bool) -> None:
+    def _take(self, plan: StagePlan, batch: Sequence[_Chunk], computed: memoryview, is_last: bool) -> None:
         """Collect the digests of one part of `batch`; with the last part's, the chunks are complete."""
-        row_bytes = len(each.plan.page_bytes) * DIGEST_BYTES
+        row_bytes = len(plan.page_bytes) * DIGEST_BYTES
         for index, chunk in enumerate(batch):
-            chunk.digests.extend(computed[index * row_bytes : (index + 1) * row_bytes])
+            digests = computed[index * row_bytes : (index + 1) * row_bytes]
+            if len(self._plans) > 1:
+                chunk.digests.extend(digests)
+                digests = memoryview(chunk.digests)
             if is_last:
-                start = chunk.frame + digests_offset(each.plan.object_bytes[0])
-                self._arena.frame(start, len(chunk.digests))[:] = chunk.digests
-                self._checksums[chunk.number] = checksum_of(bytes(chunk.digests))
+                start = chunk.frame + digests_offset(plan.object_bytes[0])
+                self._arena.frame(start, len(digests))[:] = digests
+                self._checksums[chunk.number] = checksum_of(digests)
 
 
 def _batches(chunks: Sequence[_Chunk], at_once: int) -> Iterator[list[_Chunk]]:

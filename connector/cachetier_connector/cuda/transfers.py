@@ -5,7 +5,7 @@ and unregistered memory at once. A copy that never crosses a border between cell
 made and however far the registration has come.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 CELL_BYTES = 256 << 20
@@ -39,6 +39,29 @@ def plan_transfers(copies: Iterable[tuple[int, int, int]], origin: int) -> list[
                 transfers.append(part)
             else:
                 transfers[-1] = joined
+    return transfers
+
+
+def plan_rows(hosts: Sequence[int], device: int, device_pitch: int, width_bytes: int, origin: int) -> list[Transfer]:
+    """Return what `plan_transfers` would for equally long copies, `device_pitch` bytes apart on the device; faster."""
+    transfers: list[Transfer] = []
+    first, count = 0, len(hosts)
+    while first < count:
+        host, target = hosts[first], device + first * device_pitch
+        limit = host + CELL_BYTES - (host - origin) % CELL_BYTES - width_bytes  # where the last row may start
+        if host > limit:
+            transfers += plan_transfers([(host, target, width_bytes)], origin)
+            first += 1
+            continue
+        end = first + 1
+        if width_bytes < JOIN_BELOW_BYTES and end < count and (pitch := hosts[end] - host) >= width_bytes:
+            while end < count and hosts[end] == host + (end - first) * pitch <= limit:
+                end += 1
+        if end - first == 1:
+            transfers.append(Transfer(host, target, width_bytes))
+        else:
+            transfers.append(Transfer(host, target, width_bytes, end - first, pitch, device_pitch))
+        first = end
     return transfers
 
 

@@ -36,6 +36,10 @@ class HostEvent:
         mark = self.mark = Mark()
         stream.enqueue(lambda: setattr(mark, "is_passed", True))
 
+    def has_passed(self) -> bool:
+        self._device.check()
+        return self.mark.is_passed
+
     def synchronize(self) -> None:
         mark = self.mark
         self._device.run_until(lambda: mark.is_passed)
@@ -72,6 +76,13 @@ class HostStream:
         self.queue.popleft()
         head()
         return True
+
+
+class HostUpload:
+    """Numbers on their way to a `HostDevice`."""
+
+    def __init__(self, count: int) -> None:
+        self.tensor = torch.full((count,), -1)
 
 
 class HostDevice(Device):
@@ -130,10 +141,13 @@ class HostDevice(Device):
     def constant(self, values: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype)
 
-    def upload(self, values: Sequence[int], stream: HostStream) -> torch.Tensor:
-        source, target = torch.tensor(values, dtype=torch.int64), torch.full((len(values),), -1)
-        stream.enqueue(lambda: target.copy_(source))
-        return target
+    def upload(self, values: Sequence[int], stream: HostStream) -> HostUpload:
+        source, upload = torch.tensor(values, dtype=torch.int64), HostUpload(len(values))
+        stream.enqueue(lambda: upload.tensor.copy_(source))
+        return upload
+
+    def release(self, upload: HostUpload) -> None:
+        upload.tensor.fill_(-1 << 40)  # as another upload would
 
     def new_stream(self, *, is_urgent: bool) -> HostStream:
         return HostStream(self)
@@ -185,8 +199,8 @@ class HostDevice(Device):
     def close_handle(self, address: int) -> None:
         self.opened.remove(address)
 
-    def launch(self, stream: HostStream, work: Callable[[], None]) -> None:
-        stream.enqueue(work)
+    def launch(self, stream: HostStream, work: Callable[[int | None], None]) -> None:
+        stream.enqueue(lambda: work(None))
 
     def register(self, address: int, length_bytes: int) -> None:
         if self.register_fails:

@@ -23,7 +23,7 @@ def places(layers: PagedLayers, blocks: torch.Tensor, first_token: int, num_toke
     return blocks[slots // layers.block_tokens], slots % layers.block_tokens
 
 
-def gather(layers, blocks, first_token, num_chunks, chunk_tokens, targets):
+def gather(layers, blocks, first_token, num_chunks, chunk_tokens, targets, stream=None):
     block, slot = places(layers, blocks, first_token, num_chunks * chunk_tokens)
     rows = torch.stack([cache.view(torch.int16)[block, :, slot] for cache in layers.caches])
     chunks = rows.unflatten(1, (num_chunks, chunk_tokens)).permute(1, 3, 0, 2, 4).contiguous()
@@ -32,7 +32,7 @@ def gather(layers, blocks, first_token, num_chunks, chunk_tokens, targets):
         memory_at(target, data.numel()).copy_(data)
 
 
-def scatter(layers, blocks, first_token, num_tokens, skip_tokens, chunk_tokens, sources, unit_offsets):
+def scatter(layers, blocks, first_token, num_tokens, skip_tokens, chunk_tokens, sources, unit_offsets, stream=None):
     unit_bytes, row = chunk_tokens * layers.row_bytes, layers.row_bytes // 2
     num_chunks = -(-(skip_tokens + num_tokens) // chunk_tokens)
     assert len(sources) == num_chunks
@@ -48,7 +48,7 @@ def scatter(layers, blocks, first_token, num_tokens, skip_tokens, chunk_tokens, 
         cache.view(torch.int16)[block, :, slot] = rows
 
 
-def digest_pages(sources, page_bytes, digests):
+def digest_pages(sources, page_bytes, digests, stream=None):
     for row, source in zip(digests, sources.tolist(), strict=True):
         parts = (memory_at(source + n * PAGE_BYTES, size) for n, size in enumerate(page_bytes.tolist()))
         data = b"".join(page_digests(memoryview(part.numpy()).cast("B")) for part in parts)

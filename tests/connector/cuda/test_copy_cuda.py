@@ -136,7 +136,7 @@ class TestOrder:
         monkeypatch.setattr(copy_cuda, "gather", lambda *args: (order.append("gather"), plain_kernels.gather(*args)))
         host.engine.enqueue(lambda: order.append("clear"))
         StagedCopyEngine(host, rank.caches, LAYOUT, WHOLE[0], staging_bytes=STAGING_BYTES, warm_up_tokens=CHUNK)
-        assert order == ["clear", "gather"]
+        assert order == ["clear", "gather", "gather"]
 
     @pytest.mark.parametrize("seed", range(3))
     def test_two_load_threads_and_a_store_thread_do_not_disturb_each_other(self, device, tier, seed):
