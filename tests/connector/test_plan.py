@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cachetier.core.keys import contents_of
 from cachetier.core.layout import KVLayout, Shard
-from cachetier.core.messages import TIER_DISK, TIER_HOST, MatchReply
+from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, MatchReply
 from cachetier_connector.plan import (
     chunks_to_load,
     extras_of,
@@ -36,6 +36,8 @@ def reply_of(tiling_of: list[int], tilings: list[int], tiers: list[int] | None =
         frames=list(range(num_objects)),
         checksums=list(range(100, 100 + num_objects)),
         num_pending=0,
+        pool_of=bytes(number % 3 for number in range(len(tiling_of))),
+        pool_frames=list(range(1000, 1000 + len(tiling_of))),
     )
 
 
@@ -60,9 +62,10 @@ def test_a_load_names_exactly_the_objects_of_the_chunks_it_touches(tiling_of, ti
         assert chunk.tiling == tiling_of[number]
         assert chunk.frames == list(range(before, before + tilings[tiling_of[number]]))
         assert chunk.checksums == [frame + 100 for frame in chunk.frames]
+        assert (chunk.pool, chunk.pool_frame) == (number % 3, 1000 + number)
 
 
-@given(st.lists(st.sampled_from([TIER_HOST, TIER_DISK]), min_size=1, max_size=12), st.data())
+@given(st.lists(st.sampled_from([TIER_GPU, TIER_HOST, TIER_DISK]), min_size=1, max_size=12), st.data())
 def test_every_loaded_token_is_counted_for_the_tier_it_came_from(tiers, data):
     start = data.draw(st.integers(0, len(tiers) * CHUNK - 1))
     end = data.draw(st.integers(start, len(tiers) * CHUNK))
