@@ -1,7 +1,10 @@
 """The CUDA copy engine on a real device: the cases that run without one, and what only a device can get wrong."""
 
 import random
+import tempfile
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,8 +46,10 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def big_tier(tmp_path) -> Tier:
-    return Tier(tmp_path, ARENA_BYTES)
+def big_tier() -> Iterator[Tier]:
+    """In memory, as the server's is: the driver locks no pages of a file on a disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="cachetier-test-") as folder:
+        yield Tier(Path(folder), ARENA_BYTES)
 
 
 @pytest.fixture

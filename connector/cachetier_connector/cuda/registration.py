@@ -19,6 +19,16 @@ from cachetier_connector.cuda.transfers import CELL_BYTES
 log = logging.getLogger(__name__)
 
 
+def _remedy(error: DriverError) -> str:
+    """Tell what to do about a refused registration."""
+    if "INVALID_VALUE" in str(error):
+        return (
+            "The driver locks no pages of a file on a disk: /dev/shm must be a tmpfs, the machine's or given to the "
+            "container (docker: --ipc=host or --shm-size)"
+        )
+    return "Raise the limit on locked memory (ulimit -l unlimited; containers: --ulimit memlock=-1)"
+
+
 class Registration:
     """One mapping of an arena, and how much of it is registered."""
 
@@ -58,9 +68,10 @@ class Registration:
         except DriverError as error:
             log.warning(
                 "cachetier: the arena is not page-locked from byte %d on (%s); loads and stores work, several times "
-                "slower. Raise the limit on locked memory (ulimit -l unlimited; containers: --ulimit memlock=-1)",
+                "slower. %s",
                 offset,
                 error,
+                _remedy(error),
             )
         except Exception:
             log.exception("cachetier: registering the arena failed; loads and stores work, several times slower")

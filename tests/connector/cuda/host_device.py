@@ -91,7 +91,7 @@ class HostDevice(Device):
     Attributes:
         engine: the stream of the engine, on which a test may enqueue what the engine does to its blocks.
         registered: registered ranges, start to end.
-        register_fails: refuse registrations.
+        register_error: refuse registrations with this error of the driver's.
         fails_with: what every call raises from now on, as a CUDA device does after an error that sticks.
         transfers: all that were copied.
         memory_bytes: more than that is not allocated for pools.
@@ -105,7 +105,7 @@ class HostDevice(Device):
         self.streams: list[HostStream] = []
         self.engine = HostStream(self)
         self.registered: dict[int, int] = {}
-        self.register_fails = False
+        self.register_error = ""
         self.fails_with: Exception | None = None
         self.transfers: list[Transfer] = []
         self.memory_bytes = 1 << 30
@@ -203,8 +203,8 @@ class HostDevice(Device):
         stream.enqueue(lambda: work(None))
 
     def register(self, address: int, length_bytes: int) -> None:
-        if self.register_fails:
-            raise DriverError("cuMemHostRegister_v2: CUDA_ERROR_OUT_OF_MEMORY (2)")
+        if self.register_error:
+            raise DriverError(f"cuMemHostRegister_v2: {self.register_error}")
         assert address not in self.registered
         self.registered[address] = address + length_bytes
 

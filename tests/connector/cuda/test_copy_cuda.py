@@ -217,12 +217,19 @@ class TestRegistration:
         gc.collect()
         assert not host.registered
 
-    def test_a_refused_registration_is_logged_once_with_the_remedy_and_costs_speed_only(self, host, rank, tier, caplog):
-        host.register_fails = True
+    @pytest.mark.parametrize(
+        ("error", "remedy"),
+        [("CUDA_ERROR_OUT_OF_MEMORY (2)", "ulimit -l"), ("CUDA_ERROR_INVALID_VALUE (1)", "/dev/shm must be a tmpfs")],
+    )
+    def test_a_refused_registration_is_logged_once_with_the_remedy_and_costs_speed_only(
+        self, host, rank, tier, caplog, error, remedy
+    ):
+        host.register_error = error
         rank.engine.use_arena(tier.view)
         assert rank.engine._registrations[0].join() == 0
         assert [record.levelname for record in caplog.records] == ["WARNING"]
-        assert "ulimit -l" in caplog.text
+        assert error in caplog.text
+        assert remedy in caplog.text
         chunk = tier.put(kv_of(1, CHUNK), WHOLE, 0)
         assert load(rank, tier, load_op([WHOLE], blocks_for(CHUNK), 0, CHUNK), [chunk]) == (1, None)
 
