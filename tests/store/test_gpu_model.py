@@ -217,4 +217,4 @@ TestGpuTier = GpuMachine.TestCase
 class TestGpuTierForLong(GpuMachine.TestCase):
     """Many more and longer histories."""
 
-    settings = settings(QUICK, max_examples=400, stateful_step_count=80)
+    settings = settings(QUICK, max_examples=150, stateful_step_count=60)
