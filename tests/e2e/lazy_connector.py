@@ -10,7 +10,7 @@ import time
 from cachetier_connector import connector, copy_factory, storer
 from tests.connector.lazy_engine import LazyCopyEngine
 
-CHUNK_S = 0.02
+CHUNK_S = 0.04
 
 _read_facts = connector.read_facts
 
