@@ -5,7 +5,8 @@ object) and on one of eight (1 head, 1 MiB an object). The arena is a real one i
 plain copies by the driver between the same frames and device memory. The bytes of each round are compared or verified
 by the engine itself; medians over the rounds. Ends with the table.
 
-    python bench/gpu_copy.py [--json PATH] [--rehearse]     (--rehearse: tiny, without a GPU)
+    python bench/gpu_copy.py [--json PATH] [--diagnose] [--rehearse]
+        (--diagnose: also find out what the host's threads do to each other; --rehearse: tiny, without a GPU)
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from gpu_copy_diagnosis import diagnosed, memory_steps
 from record import record, row
 
 from cachetier.client import ArenaView
@@ -56,8 +58,8 @@ class Shape:
     chunk_tokens: int = 64
     num_chunks: int = 512
     staging_bytes: int = STAGING_BYTES
-    num_rounds: int = 7
-    window_s: float = 0.5
+    num_rounds: int = 3
+    window_s: float = 0.25
 
     @property
     def layout(self) -> KVLayout:
@@ -92,7 +94,9 @@ class Bench:
         table = random.Random(1).sample(range(num_blocks), num_blocks)
         self.to_load, self.to_store = table[: num_blocks // 2], table[num_blocks // 2 :]
         free = self.free_bytes()
-        self.engine = make(self.caches, shape.layout, shape.layout.whole(), staging_bytes=shape.staging_bytes)
+        self.steps: list[tuple[str, int]] = []
+        with memory_steps(self.free_bytes, self.steps):
+            self.engine = make(self.caches, shape.layout, shape.layout.whole(), staging_bytes=shape.staging_bytes)
         self.device: Device = self.engine._device
         self._free_before = free
         # A frame wastes at most an eighth of itself, a slab at most an eighth at its end.
@@ -248,8 +252,8 @@ def without_checksums() -> Iterator[None]:
         yield
 
 
-def measured(bench: Bench) -> list[dict[str, Any]]:
-    """Return the rows of one shape."""
+def measured(bench: Bench, diagnosis: list[str] | None) -> list[dict[str, Any]]:
+    """Return the rows of one shape; append to `diagnosis` what holds it back."""
     shape, rows = bench.shape, []
 
     def note(question: str, contender: str, value: float, unit: str) -> None:
@@ -257,6 +261,8 @@ def measured(bench: Bench) -> list[dict[str, Any]]:
         print(f"{contender}: {value:.3f} {unit}", file=sys.stderr, flush=True)
 
     note(COST, "device memory taken at the start", bench.used_bytes() / (1 << 20), "MiB")
+    for step, taken in bench.steps:
+        note(COST, f"of it: {step}", taken / (1 << 20), "MiB")
     bench.prepare()
     note(COST, "the same after a store and a load (and a comparison)", bench.used_bytes() / (1 << 20), "MiB")
     since = time.perf_counter()
@@ -284,6 +290,8 @@ def measured(bench: Bench) -> list[dict[str, Any]]:
     note(COST, "load: host CPU a chunk", bench.host_us(bench.load), "us")
     note(COST, "store: host CPU a chunk", bench.host_us(bench.store), "us")
     note(COST, "plain copies in: host CPU a chunk", bench.host_us(raw_in), "us")
+    if diagnosis is not None:
+        diagnosis += diagnosed(bench)
     registration.end()
     bench.engine.stop()
     return rows
@@ -294,20 +302,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows there instead of bench/results/gpu_copy.json")
     parser.add_argument("--rehearse", action="store_true", help="tiny, without a GPU; records only to --json")
+    parser.add_argument("--diagnose", action="store_true", help="say also what the host's threads do to each other")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    diagnosis: list[str] | None = [] if arguments.diagnose else None
     for shape in TINY if arguments.rehearse else SHAPES:
         with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="cachetier-bench-") as folder:
             if arguments.rehearse:
                 with rehearsing() as make:
-                    rows += measured(Bench(shape, make, torch.device("cpu"), Path(folder)))
+                    rows += measured(Bench(shape, make, torch.device("cpu"), Path(folder)), diagnosis)
             else:
-                rows += measured(Bench(shape, CudaCopyEngine, torch.device("cuda", 0), Path(folder)))
+                rows += measured(Bench(shape, CudaCopyEngine, torch.device("cuda", 0), Path(folder)), diagnosis)
                 torch.cuda.empty_cache()
     if arguments.rehearse:
         record("gpu_copy", rows, path=arguments.json or Path(os.devnull), gpu="no GPU")
     else:
         record("gpu_copy", rows, path=arguments.json, gpu=torch.cuda.get_device_name(0))
+    print(*(diagnosis or []), sep="\n")
 
 
 @contextmanager

@@ -158,8 +158,10 @@ class CudaEvent:
         self._driver.synchronize(self.handle)
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # at the end of the process the driver may be gone
+        try:
             self._driver.destroy_event(self.handle)
+        except Exception:
+            return  # at the end of the process there may be no driver any more
 
 
 class CudaStream:
@@ -177,8 +179,10 @@ class CudaStream:
         event.synchronize()
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
+        try:
             self._driver.destroy_stream(self.handle)
+        except Exception:
+            return
 
 
 class CudaUpload:

@@ -113,7 +113,7 @@ def _tile_units(layers: PagedLayers, chunk_tokens: int) -> int:
 
 def _copy_launch(layers: PagedLayers, kernel: Any, chunk_tokens: int) -> tuple[Launch, int]:
     """Return the launch, and how many programs a chunk needs."""
-    key = (kernel, chunk_tokens)
+    key = (kernel.__name__, chunk_tokens)
     found = layers.launches.get(key)
     if found is None:
         tile_units = _tile_units(layers, chunk_tokens)

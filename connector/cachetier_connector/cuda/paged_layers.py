@@ -7,7 +7,6 @@ so that a launch pays for no look-up.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import gcd
-from typing import Any
 
 import torch
 
@@ -49,7 +48,7 @@ class PagedLayers:
     block_stride: int
     head_stride: int
     token_stride: int
-    launches: dict[tuple[Any, int], tuple[Launch, int]] = field(default_factory=dict)
+    launches: dict[tuple[str, int], tuple[Launch, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, caches: Sequence[torch.Tensor]) -> "PagedLayers":
