@@ -348,16 +348,17 @@ class TestResuming:
 
 class TestCounters:
     def test_a_restart_of_the_tier_does_not_lose_what_was_counted(self, engine: FakeEngine) -> None:
-        async def count() -> tuple[int, int, int]:
+        async def count() -> tuple[int, int, int, int]:
             counters = TierCounters(engine.socket)
             await counters.start()
-            for values in ((150, 5, 0), (30, 0, 2), (40, 1, 2)):  # the second is smaller: the server is a new one
-                engine.counters = {"stored": values[0], "hit": {"host": values[1], "disk": values[2]}}
+            for values in ((150, 3, 5, 0), (30, 0, 0, 2), (40, 4, 1, 2)):  # the second is smaller: a new server
+                gpu, host, disk = values[1:]
+                engine.counters = {"stored": values[0], "hit": {"gpu": gpu, "host": host, "disk": disk}}
                 await counters.refresh()
             return counters.gained.as_tuple()
 
         engine.counters = {"stored": 100, "hit": {"host": 0, "disk": 0}}
-        assert asyncio.run(count()) == (50 + 30 + 10, 5 + 0 + 1, 0 + 2 + 0)
+        assert asyncio.run(count()) == (50 + 30 + 10, 3 + 0 + 4, 5 + 0 + 1, 0 + 2 + 0)
 
     def test_a_tier_that_goes_away_costs_nothing(self, engine: FakeEngine, tmp_path: Path) -> None:
         async def count() -> int:
