@@ -42,6 +42,7 @@ from cachetier_connector.plan import ChunkSource, HeldChunks, LoadOp
 ROOT = Path(__file__).parent.parent
 STAGING_BYTES = 48 << 20
 GROUP_CHUNKS = 16
+RAW_AHEAD = 64  # plain copies under way, twice as many
 GIB = 1 << 30
 SPEED, COST = "gpu copy: bytes of KV a second", "gpu copy: what it costs"
 
@@ -171,10 +172,15 @@ class Bench:
         memory, origin = self.device.empty(2 * size), self.view.address
         frames = self.frames if is_load else self.targets
         copy = self.device.copy_in if is_load else self.device.copy_out
+        events = [self.device.new_event(), self.device.new_event()]
 
         def run() -> None:
             self.device.bind_thread()
             for number, frame in enumerate(frames):
+                if number % RAW_AHEAD == 0:  # a stream that has too much to do would block us, and with us the others
+                    event = events[number // RAW_AHEAD % 2]
+                    event.synchronize()
+                    event.record(stream)
                 copy(Transfer(origin + frame, memory.data_ptr() + number % 2 * size, size), stream)
             stream.synchronize()
 

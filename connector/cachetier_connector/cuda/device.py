@@ -257,6 +257,7 @@ class CudaDevice(Device):
         return CudaEvent(self._driver)
 
     def mark(self) -> CudaEvent:
+        self.bind_thread()
         event = CudaEvent(self._driver)
         self._driver.record(event.handle, torch.cuda.current_stream(self._device).cuda_stream)
         return event
