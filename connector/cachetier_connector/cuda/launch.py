@@ -55,8 +55,9 @@ def _is_plain(kernel: Any, num_args: int) -> bool:
     """Tell whether a compiled kernel takes what this module gives it; if not, Triton goes on launching it."""
     metadata = kernel.metadata
     entry = kernel.asm["ptx"].partition(".entry")[2].partition(")")[0]
-    found = (entry.count(".param"), metadata.num_ctas, metadata.global_scratch_size, metadata.profile_scratch_size)
-    if found == (num_args + NUM_SCRATCH, 1, 0, 0):
+    scratch_bytes = (metadata.global_scratch_size or 0, metadata.profile_scratch_size or 0)
+    found = (entry.count(".param"), metadata.num_ctas, scratch_bytes)
+    if found == (num_args + NUM_SCRATCH, 1, (0, 0)):
         return True
     log.warning("cachetier: this Triton compiles kernels of another form %s; launching them costs more", found)
     return False
