@@ -94,6 +94,13 @@ class CopyEngine(ABC):
         """The pools in device memory that the engine reads and fills, None: it knows none."""
         return None
 
+    def measure_direct(self, folder: str) -> float:
+        """Return how fast the engine reads files in `folder` itself; 0: it is not faster than a promotion and a copy.
+
+        From then on it can load chunks that lie in segment files. Takes seconds; a thread of its own; never raises.
+        """
+        return 0.0
+
     @abstractmethod
     def shard_bytes(self, chunk_tokens: int) -> int:
         """Return the size of this rank's shard of one chunk."""

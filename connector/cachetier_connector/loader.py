@@ -24,7 +24,7 @@ from cachetier.core.errors import CachetierError
 from cachetier.core.pool_messages import POOL_FILL, POOL_NONE
 from cachetier_connector.arena_cache import ArenaCache
 from cachetier_connector.copy_base import CopyEngine, LoadRun
-from cachetier_connector.plan import LoadOp
+from cachetier_connector.plan import ChunkSource, LoadOp
 
 NUM_THREADS = 2
 GROUP_CHUNKS = 16
@@ -32,6 +32,11 @@ POOL_GROUP_CHUNKS = 64  # what is in device memory takes the device less time th
 WATCH_INTERVAL_S = 0.0002
 
 log = logging.getLogger(__name__)
+
+
+def frames_of(chunk: ChunkSource) -> Sequence[int]:
+    """Return the frames of the arena that a chunk needs to be ready: none if it is read from its segment."""
+    return () if chunk.segment else chunk.frames
 
 
 class Loader:
@@ -158,12 +163,12 @@ class Loader:
         chunks, first = load.chunks.unpack(load.tilings), 0
         patient_until_s = time.monotonic() + (math.inf if load.patience_s is None else load.patience_s)
         while first < len(chunks) and run.corrupt_key is None:
-            if not self._wait_until_ready(arena, chunks[first].frames, patient_until_s):
+            if not self._wait_until_ready(arena, frames_of(chunks[first]), patient_until_s):
                 log.warning("cachetier: a chunk did not arrive in time or could not be read; computing from there")
                 return
             at_once = POOL_GROUP_CHUNKS if POOL_NONE < chunks[first].pool < POOL_FILL else GROUP_CHUNKS
             end, end_max = first + 1, min(first + at_once, len(chunks))
-            while end < end_max and all(arena.state(frame) == STATE_READY for frame in chunks[end].frames):
+            while end < end_max and all(arena.state(frame) == STATE_READY for frame in frames_of(chunks[end])):
                 end += 1
             run.push(chunks[first:end])
             first = end

@@ -20,6 +20,8 @@ from cachetier.core.pool_messages import POOL_NONE, Pool
 class ChunkSource(NamedTuple):
     """Where one chunk to load lies: its key, and arena offsets and checksums of its objects in tiling order.
 
+    `segment`, if it is not 0, says that `frames` are offsets in a segment file: the load's `segments[segment - 1]`.
+
     `pool` and `pool_frame` say where it stands, or is to be copied to, in device memory: see `MatchReply.pool_of`.
     """
 
@@ -29,6 +31,7 @@ class ChunkSource(NamedTuple):
     checksums: list[int]
     pool: int = POOL_NONE
     pool_frame: int = 0
+    segment: int = 0
 
 
 class HeldChunks(msgspec.Struct, frozen=True, array_like=True):
@@ -40,6 +43,7 @@ class HeldChunks(msgspec.Struct, frozen=True, array_like=True):
     checksums: list[int]
     pool_of: bytes = b""
     pool_frames: list[int] = []
+    segment_of: list[int] = []
 
     def unpack(self, tilings: Sequence[Sequence[Shard]]) -> list[ChunkSource]:
         """Return the chunks one by one."""
@@ -48,7 +52,9 @@ class HeldChunks(msgspec.Struct, frozen=True, array_like=True):
             until = offset + sizes[tiling]
             key = self.keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]
             pool = (self.pool_of[number], self.pool_frames[number]) if self.pool_of else (POOL_NONE, 0)
-            sources.append(ChunkSource(key, tiling, self.frames[offset:until], self.checksums[offset:until], *pool))
+            segment = self.segment_of[number] if self.segment_of else 0
+            frames, checksums = self.frames[offset:until], self.checksums[offset:until]
+            sources.append(ChunkSource(key, tiling, frames, checksums, *pool, segment))
             offset = until
         return sources
 
@@ -67,6 +73,7 @@ class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
         arena_path, instance: the arena that the frames lie in.
         pools: the pools that `chunks` refer to.
         fill: what the commit of chunks that are copied to the own pool names, 0 when there are none.
+        segments: the segment files that `chunks` refer to.
         patience_s: how long the load waits for frames that are still being filled, in all; None: as long as they come.
     """
 
@@ -82,6 +89,7 @@ class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
     instance: str
     pools: list[Pool] = []
     fill: int = 0
+    segments: list[str] = []
     patience_s: float | None = None
 
 
@@ -158,6 +166,7 @@ def chunks_to_load(reply: MatchReply, start: int, end: int, chunk_tokens: int) -
         reply.checksums[skip:until],
         reply.pool_of[first:last],
         reply.pool_frames[first:last],
+        reply.segment_of[first:last],
     )
 
 

@@ -159,6 +159,7 @@ class SchedulerHalf:
                 instance=ticket.instance,
                 pools=ticket.reply.pools,
                 fill=ticket.reply.fill,
+                segments=ticket.reply.segments,
                 patience_s=ticket.choice.patience_s if ticket.choice else None,
             )
         )

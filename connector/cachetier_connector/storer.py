@@ -31,6 +31,7 @@ from cachetier.core.messages import RESERVE_FILL, Commit, Invalidate, Report, Re
 from cachetier.core.pool_messages import CommitPool
 from cachetier_connector.arena_cache import ArenaCache
 from cachetier_connector.copy_base import CopyEngine
+from cachetier_connector.direct_keeper import DirectKeeper
 from cachetier_connector.link import ServerLink
 from cachetier_connector.plan import StoreOp
 from cachetier_connector.pool_keeper import PoolKeeper
@@ -67,6 +68,7 @@ class Storer:
         arenas: ArenaCache,
         *,
         staging_bytes: int,
+        num_workers: int = 1,
     ) -> None:
         """Start the thread.
 
@@ -77,6 +79,7 @@ class Storer:
             shard: this rank's part of it.
             arenas: to write to.
             staging_bytes: how much may wait in host memory.
+            num_workers: of the whole engine.
         """
         self._engine, self._link, self._tiling, self._shard, self._arenas = engine, link, tiling, shard, arenas
         self._staging_bytes = staging_bytes
@@ -85,6 +88,7 @@ class Storer:
         self._staged_bytes = self._dropped = 0
         self._queued: set[_Queued] = set()
         self._pools = PoolKeeper(engine, link, tiling, shard)
+        self._direct = DirectKeeper(engine, link, num_workers)
         self._filling: _Queued | None = None
         self._released: set[str] = set()
         self._chains: dict[str, tuple[int, bytes]] = {}
@@ -168,6 +172,7 @@ class Storer:
                 if self._link.probe():
                     self._map_arena()
                     self._pools.tend()
+                    self._direct.tend()
                 job()
             except Exception:
                 log.exception("cachetier: a job of the storer failed")

@@ -52,7 +52,8 @@ class WorkerHalf:
             raise ValueError(f"a token has {self._engine.shard_bytes(1)} bytes of KV on this rank, not {expected}")
         self._socket_path = expected_socket(facts.config)
         self._is_idle = False
-        name = f"worker {vllm_config.parallel_config.rank}"
+        parallel = vllm_config.parallel_config
+        name = f"worker {parallel.rank}"
         arenas = ArenaCache(self._engine.use_arena)
         self._storer = Storer(
             self._engine,
@@ -61,6 +62,7 @@ class WorkerHalf:
             number,
             arenas,
             staging_bytes=facts.config.staging_bytes,
+            num_workers=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
         )
         self._loader = Loader(
             self._engine,

@@ -10,6 +10,7 @@ once and not with every request.
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +22,10 @@ from cachetier.core.layout import PAGE_BYTES, KVLayout, Shard
 from cachetier_connector.copy_base import CopyEngine
 from cachetier_connector.cuda.device import CudaDevice, Device
 from cachetier_connector.cuda.device_plan import DevicePlans
+from cachetier_connector.cuda.direct_reads import DirectReader
 from cachetier_connector.cuda.kernels import digest_pages, gather, scatter
 from cachetier_connector.cuda.pool import DevicePools
+from cachetier_connector.cuda.probe_disk import MODE_DIRECT, MODE_HOST, probe
 from cachetier_connector.cuda.registration import Registration
 from cachetier_connector.cuda.staged_load import POOL_PAGES_MAX, StagedLoad
 from cachetier_connector.cuda.staged_store import Snapshot, StagedStore
@@ -31,6 +34,8 @@ from cachetier_connector.plan import LoadOp
 
 LOAD_SHARES, STORE_SHARES = 2, 1  # of the staging memory
 USUAL_CHUNK_TOKENS = 64  # what is compiled at start-up; another chunk size is compiled when it first comes
+WAYS = {MODE_DIRECT: "from segment files", MODE_HOST: "through host memory"}
+LANES_WAIT_S, LANES_INTERVAL_S = 60.0, 0.01
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +74,8 @@ class StagedCopyEngine(CopyEngine):
         self._block_tokens = int(caches[0].shape[-2])
         share = staging_bytes // (LOAD_SHARES + STORE_SHARES) // (NUM_SLOTS * PAGE_BYTES) * (NUM_SLOTS * PAGE_BYTES)
         memory = device.empty(share * (LOAD_SHARES + STORE_SHARES))
-        self._load_lane = Lane(device, memory[: share * LOAD_SHARES], is_urgent=True, num_pages=POOL_PAGES_MAX)
+        self._load_memory = memory[: share * LOAD_SHARES]
+        self._load_lane = self._new_load_lane(self._load_memory)
         self._store_lane = Lane(device, memory[share * LOAD_SHARES :], is_urgent=False)
         now = device.mark()  # the caches may still be written, and memory that torch gave may still be read
         for lane in (self._load_lane, self._store_lane):
@@ -80,6 +86,8 @@ class StagedCopyEngine(CopyEngine):
         self._registrations: list[Registration] = []
         self._is_broken = False
         self._pools = DevicePools(device, pool_bytes)
+        self._direct: DirectReader | None = None
+        self._direct_lane: Lane | None = None
         self._warm_up(warm_up_tokens, int(caches[0].shape[0]))
 
     @property
@@ -130,35 +138,68 @@ class StagedCopyEngine(CopyEngine):
         if self._is_broken:
             raise CachetierError("the device has failed; nothing is loaded any more")
         self._device.bind_thread()
-        lane = self._load_lane
 
         def end(error: BaseException | None) -> None:
             if error is not None:
                 self._note(lane, error)
 
-        return StagedLoad(
-            self._device,
-            lane,
-            arena,
-            load,
-            fence,
-            lambda tiling, is_staged: self._plans.get(load.tilings[tiling], load.chunk_tokens, is_staged=is_staged),
-            self._pools,
-            end,
-        )
+        with self._lock:  # a lane that a run is open on stays
+            lane = self._lane_for(load)
+            return StagedLoad(
+                self._device,
+                lane,
+                arena,
+                load,
+                fence,
+                lambda tiling, is_staged: self._plans.get(load.tilings[tiling], load.chunk_tokens, is_staged=is_staged),
+                self._pools,
+                self._direct,
+                end,
+            )
+
+    def read_with(self, reader: DirectReader) -> bool:
+        """Have `reader` read chunks that lie in segment files; False: there was no moment without a load.
+
+        Such loads get a lane of their own, half of the loads' memory: they wait for the disk with the lane's turn in
+        hand, and a load from memory should not. Lanes change when no load is open on them. May block for long.
+        """
+        half = self._load_memory.numel() // LOAD_SHARES
+        deadline_s = time.monotonic() + LANES_WAIT_S
+        while time.monotonic() < deadline_s:
+            with self._lock:
+                if self._is_broken:
+                    return False
+                if self._load_lane.is_idle:
+                    self._load_lane = self._new_load_lane(self._load_memory[:half])
+                    self._direct_lane = self._new_load_lane(self._load_memory[half:])
+                    self._direct = reader
+                    return True
+            time.sleep(LANES_INTERVAL_S)
+        return False
+
+    def _new_load_lane(self, memory: torch.Tensor) -> Lane:
+        return Lane(self._device, memory, is_urgent=True, num_pages=POOL_PAGES_MAX)
+
+    def _lane_for(self, load: LoadOp) -> Lane:
+        return self._direct_lane if self._direct_lane is not None and load.segments else self._load_lane
 
     def stop(self) -> None:
         self._device.bind_thread()
         try:
-            for lane in (self._load_lane, self._store_lane):
-                lane.drain()
+            for lane in (self._load_lane, self._store_lane, self._direct_lane):
+                if lane is not None:
+                    lane.drain()
         except Exception as error:
             self._note(self._store_lane, error)
         with self._lock:
             for registration in self._registrations:
                 registration.end()
             self._registrations = []
-            del self._load_lane, self._store_lane, self._plans  # and with the lanes their memory
+            self._is_broken = True  # for who still measures the disk
+            if self._direct is not None:
+                self._direct.close()
+            # And with the lanes their memory.
+            del self._load_lane, self._store_lane, self._direct_lane, self._load_memory, self._plans
         try:
             self._pools.stop()
         except CachetierError as error:
@@ -214,6 +255,14 @@ class CudaCopyEngine(StagedCopyEngine):
     def __init__(self, caches: Sequence[torch.Tensor], layout: KVLayout, shard: Shard, **sizes: int) -> None:
         """See `StagedCopyEngine`."""
         super().__init__(CudaDevice(caches[0].device), caches, layout, shard, **sizes)
+
+    def measure_direct(self, folder: str) -> float:
+        self._device.bind_thread()
+        found = probe(folder)
+        log.info("cachetier: chunks on disk are loaded %s: %s", WAYS[found.mode], found.why)
+        if found.mode != MODE_DIRECT:
+            return 0.0
+        return found.direct_bytes_per_s if self.read_with(DirectReader()) else 0.0
 
 
 def _check_form(caches: Sequence[torch.Tensor], layout: KVLayout, shard: Shard) -> None:

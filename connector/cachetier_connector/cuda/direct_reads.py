@@ -7,6 +7,7 @@ Thread-safe: load threads share one reader. Files stay open, the least recently 
 when nobody reads it any more.
 """
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -109,6 +110,21 @@ class DirectReader:
             if len(self._files) > MAX_FILES:
                 self._files.popitem(last=False)
             return file
+
+
+class FileFrames:
+    """The frames in a segment file, read through the host: for the few bytes that list digests."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def frame(self, offset: int, length_bytes: int) -> bytes:
+        """Return bytes `[offset, offset + length_bytes)`, fewer or none if they cannot be read."""
+        try:
+            with open(self._path, "rb", buffering=0) as file:
+                return os.pread(file.fileno(), length_bytes, offset)
+        except OSError:
+            return b""
 
 
 def gds_problem() -> str:

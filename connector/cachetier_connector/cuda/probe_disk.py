@@ -23,9 +23,10 @@ import torch
 
 from cachetier.core.errors import StorageError
 from cachetier_connector.cuda.direct_reads import DirectReader, FileRead, gds_problem
+from cachetier_connector.cuda.driver import Driver, DriverError
 
 SCRATCH_BYTES = 256 << 20
-READ_BYTES = 8 << 20  # about what one slot of staging memory takes
+READ_BYTES = 4 << 20
 HOST_THREADS = 4  # as many as the server has for promotions
 ROUNDS = 3
 MARGIN = 1.1  # direct reads must be faster by so much: they keep nothing in host memory for the next reader
@@ -62,7 +63,7 @@ def probe(folder: str, scratch_bytes: int = SCRATCH_BYTES) -> DiskProbe:
         return DiskProbe(mode=MODE_HOST, why=str(error), advice="pip install cachetier[gds]")
     try:
         host, direct = measure(folder, reader, scratch_bytes)
-    except (StorageError, OSError, RuntimeError) as error:
+    except (StorageError, DriverError, OSError, RuntimeError) as error:
         return DiskProbe(mode=MODE_HOST, why=f"direct reads do not work in {folder}: {error}")
     finally:
         reader.close()
@@ -87,17 +88,19 @@ def measure(folder: str, reader: DirectReader, scratch_bytes: int) -> tuple[floa
     """Return bytes/s through pinned host memory, and by `reader`; medians of rounds that take turns.
 
     Raises:
-        OSError, StorageError, RuntimeError: one of the ways does not work.
+        OSError, StorageError, DriverError, RuntimeError: one of the ways does not work.
     """
     num_bytes = scratch_bytes // READ_BYTES * READ_BYTES
+    driver, target = Driver(torch.cuda.current_device()), 0
+    driver.bind_thread()
     descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC, 0o600)
     try:
         _fill(descriptor, num_bytes)
-        target = torch.empty(HOST_THREADS * READ_BYTES, dtype=torch.uint8, device="cuda")
         pinned = torch.empty(HOST_THREADS * READ_BYTES, dtype=torch.uint8, pin_memory=True)
+        target = driver.allocate(HOST_THREADS * READ_BYTES)  # not torch's, which would keep it
         ways: list[Callable[[], None]] = [
-            lambda: _read_through_host(descriptor, num_bytes, pinned, target),
-            lambda: _read_directly(descriptor, num_bytes, reader, target),
+            lambda: _read_through_host(descriptor, num_bytes, driver, pinned, target),
+            lambda: _read_directly(descriptor, num_bytes, driver, reader, target),
         ]
         seconds: list[list[float]] = [[], []]
         for number in range(ROUNDS + 1):
@@ -109,6 +112,8 @@ def measure(folder: str, reader: DirectReader, scratch_bytes: int) -> tuple[floa
         return num_bytes / median(seconds[0]), num_bytes / median(seconds[1])
     finally:
         os.close(descriptor)
+        if target:
+            driver.free(target)
 
 
 def _fill(descriptor: int, num_bytes: int) -> None:
@@ -120,25 +125,27 @@ def _fill(descriptor: int, num_bytes: int) -> None:
     os.fdatasync(descriptor)
 
 
-def _read_through_host(descriptor: int, num_bytes: int, pinned: Any, target: Any) -> None:
-    device = torch.cuda.current_device()
+def _read_through_host(descriptor: int, num_bytes: int, driver: Driver, pinned: Any, target: int) -> None:
+    memory, address = memoryview(pinned.numpy()), int(pinned.data_ptr())
+    streams = [torch.cuda.Stream() for _ in range(HOST_THREADS)]
 
     def read(part: int, offset: int) -> None:
-        torch.cuda.set_device(device)
-        span = slice(part * READ_BYTES, (part + 1) * READ_BYTES)
-        if os.preadv(descriptor, [memoryview(pinned[span].numpy())], offset) != READ_BYTES:
+        driver.bind_thread()
+        start = part * READ_BYTES
+        if os.preadv(descriptor, [memory[start : start + READ_BYTES]], offset) != READ_BYTES:
             raise OSError("short read")
-        target[span].copy_(pinned[span], non_blocking=True)
-        torch.cuda.current_stream().synchronize()
+        driver.copy_in(target + start, address + start, READ_BYTES, streams[part].cuda_stream, may_wait=False)
+        streams[part].synchronize()
 
     _in_threads(read, num_bytes)
 
 
-def _read_directly(descriptor: int, num_bytes: int, reader: DirectReader, target: Any) -> None:
-    path, address = f"/proc/self/fd/{descriptor}", int(target.data_ptr())
+def _read_directly(descriptor: int, num_bytes: int, driver: Driver, reader: DirectReader, target: int) -> None:
+    path = f"/proc/self/fd/{descriptor}"
 
     def read(part: int, offset: int) -> None:
-        reader.read("", [FileRead(path, offset, address + part * READ_BYTES, READ_BYTES)])
+        driver.bind_thread()
+        reader.read("", [FileRead(path, offset, target + part * READ_BYTES, READ_BYTES)])
 
     _in_threads(read, num_bytes)
 

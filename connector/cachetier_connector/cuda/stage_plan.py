@@ -7,7 +7,7 @@ byte. A shard too large for a staging slot is moved in parts, each a shard of it
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from cachetier.client import ArenaView
 from cachetier.core.checksum import checksum_of, digests_match
@@ -38,6 +38,13 @@ class ArenaMemory(NamedTuple):
     def of(cls, arena: ArenaView) -> "ArenaMemory":
         """Return that of `arena`, which must be kept as long as its address is used."""
         return cls(arena.address, arena.geometry.data_bytes)
+
+
+class Frames(Protocol):
+    """What frames stand in: an arena or a segment file."""
+
+    def frame(self, offset: int, length_bytes: int) -> memoryview | bytes:
+        """Return bytes of a frame."""
 
 
 class StagedRange(NamedTuple):
@@ -96,7 +103,7 @@ class StagePlan:
             raise ConfigError(f"cachetier cannot digest objects of {sizes} bytes on a device: not multiples of 32")
         return cls(part, sizes, tuple(ranges), staged, tuple(unit_offsets), page_bytes)
 
-    def _copies(self, frames: Sequence[int], arena: "ArenaMemory", staged: int) -> Iterator[tuple[int, int, int]]:
+    def copies(self, frames: Sequence[int], arena: "ArenaMemory", staged: int) -> Iterator[tuple[int, int, int]]:
         """Yield host address, device address and bytes of what is staged of one chunk, staged at address `staged`.
 
         Raises:
@@ -119,7 +126,7 @@ class StagePlan:
             copies = [
                 copy
                 for number, of_chunk in enumerate(frames)
-                for copy in self._copies(of_chunk, arena, staged + number * stage_bytes)
+                for copy in self.copies(of_chunk, arena, staged + number * stage_bytes)
             ]
             return plan_transfers(copies, arena.address)
         [(index, object_offset, _, length_bytes)] = self.ranges
@@ -130,7 +137,7 @@ class StagePlan:
         origin = arena.address + object_offset
         return plan_rows([origin + start for start in starts], staged, stage_bytes, length_bytes, arena.address)
 
-    def matches(self, computed: memoryview, frames: Sequence[int], checksums: Sequence[int], arena: ArenaView) -> bool:
+    def matches(self, computed: memoryview, frames: Sequence[int], checksums: Sequence[int], arena: Frames) -> bool:
         """Tell whether `computed`, the digests of a chunk's staged pages, are those that `checksums` vouch for.
 
         A whole object's digests are vouched for directly. For a part of one, the frame lists the digests of all of it.

@@ -9,8 +9,12 @@ load's lease; should one be written all the same (the server lost touch with a w
 the kernel scattered it or after, and what is digested then is not what the checksum vouches for: bytes go from right to
 wrong, not back. Hence the order: scatter, then digest. Chunks that the match wants in the worker's own pool are
 copied there out of the slot; a frame counts as filled once the slot's digests were found good.
+
+Chunks that the match names in segment files are read from there into the slot. This thread waits for these reads, and
+where one fails the load ends before that chunk.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
@@ -18,11 +22,13 @@ from typing import Any
 import torch
 
 from cachetier.client import ArenaView
+from cachetier.core.errors import StorageError
 from cachetier.core.layout import DIGEST_BYTES, pool_frame_bytes
 from cachetier.core.pool_messages import POOL_FILL, POOL_NONE
 from cachetier_connector.copy_base import LoadRun
 from cachetier_connector.cuda.device import Device
 from cachetier_connector.cuda.device_plan import DevicePlan
+from cachetier_connector.cuda.direct_reads import DirectReader, FileFrames, FileRead
 from cachetier_connector.cuda.kernels import digest_pages, scatter
 from cachetier_connector.cuda.pool import DevicePools, PoolReads
 from cachetier_connector.cuda.stage_plan import ArenaMemory, StagePlan
@@ -33,6 +39,10 @@ POOL_PAGES_MAX = 1 << 16  # of chunks in pools, 256 MiB of them, that one use ma
 
 # The plans, one a part, by number of the tiling in the load and whether the chunks are staged.
 PlansOf = Callable[[int, bool], Sequence[DevicePlan]]
+
+ANY_FILE = ArenaMemory(0, 1 << 62)  # "addresses" in it are offsets in the file
+
+log = logging.getLogger(__name__)
 
 
 class StagedLoad(LoadRun):
@@ -47,11 +57,12 @@ class StagedLoad(LoadRun):
         fence: Any,
         plans_of: PlansOf,
         pools: DevicePools,
+        direct: DirectReader | None,
         on_end: Callable[[BaseException | None], None],
     ) -> None:
         """Start; `on_end` is called once, with what went wrong, when nothing is under way any more."""
         self._device, self._lane, self._arena, self._load = device, lane, arena, load
-        self._plans_of, self._on_end = plans_of, on_end
+        self._plans_of, self._direct, self._on_end = plans_of, direct, on_end
         self._own, self._reads = pools.own, PoolReads(pools, load.pools)
         self._fills: dict[int, int] = {}  # frame in the own pool, by number of the chunk
         self._filled: list[int] = []
@@ -71,11 +82,11 @@ class StagedLoad(LoadRun):
     def push(self, group: Sequence[ChunkSource]) -> None:
         assert self._error is None, "pushed after a failure"
         try:
-            for (tiling, is_staged), chunks in groupby(group, key=lambda chunk: (chunk.tiling, self._is_staged(chunk))):
+            for (tiling, is_staged, segment), chunks in groupby(group, key=self._kind):
                 plans = self._plans_of(tiling, is_staged)
                 if is_staged:
                     at_once = min(self._lane.slot_bytes // each.plan.stage_bytes for each in plans)
-                    self._push(plans, list(chunks), at_once, self._stage)
+                    self._push(plans, list(chunks), at_once, self._stage_from_file if segment else self._stage)
                 else:
                     at_once = min(POOL_PAGES_MAX // len(each.plan.page_bytes) for each in plans)
                     self._push(plans, list(chunks), at_once, self._read)
@@ -107,6 +118,10 @@ class StagedLoad(LoadRun):
     def filled(self) -> list[int]:
         return self._filled
 
+    def _kind(self, chunk: ChunkSource) -> tuple[int, bool, bool]:
+        """Return what must be the same of chunks that are pushed together."""
+        return chunk.tiling, self._is_staged(chunk), chunk.segment > 0
+
     def _is_staged(self, chunk: ChunkSource) -> bool:
         """Tell whether a chunk has to come through staging memory: it is in no pool, or in one out of reach."""
         if not POOL_NONE < chunk.pool < POOL_FILL:
@@ -131,8 +146,13 @@ class StagedLoad(LoadRun):
                 return
             batch = chunks[first : first + at_once]
             for each in plans:
-                with self._turns:
-                    enqueue(each, batch)
+                try:
+                    with self._turns:
+                        enqueue(each, batch)
+                except StorageError as error:
+                    log.warning("cachetier: computing what could not be read: %s", error)
+                    self._num_good = self._num_pushed
+                    return
             self._num_pushed += len(batch)
 
     def _start(self) -> None:
@@ -158,6 +178,24 @@ class StagedLoad(LoadRun):
         for number, chunk in enumerate(batch):
             if chunk.pool == POOL_FILL and self._own is not None:
                 self._fill(plan, chunk, use.address + number * plan.stage_bytes, self._num_pushed + number)
+        self._end(each, batch, use)
+
+    def _stage_from_file(self, each: DevicePlan, batch: Sequence[ChunkSource]) -> None:
+        """Read one slot's content from segment files, and enqueue the rest. Raises StorageError."""
+        lane, plan, segments = self._lane, each.plan, self._load.segments
+        if self._direct is None:
+            raise StorageError("this worker does not read segment files")
+        use = self._turns.begin()
+        if use.before is not None:
+            use.before.synchronize()
+        reads = [
+            FileRead(segments[chunk.segment - 1], *copy)
+            for number, chunk in enumerate(batch)
+            for copy in plan.copies(chunk.frames, ANY_FILE, use.address + number * plan.stage_bytes)
+        ]
+        self._direct.read(self._load.instance, reads)
+        sources = lane.addresses(use, len(batch), plan.stage_bytes)
+        self._device.launch(lane.kernels, self._kernels(each, len(batch), use, sources))
         self._end(each, batch, use)
 
     def _read(self, each: DevicePlan, batch: Sequence[ChunkSource]) -> None:
@@ -218,5 +256,6 @@ class StagedLoad(LoadRun):
             if self._num_good is not None and self._num_good <= first + number:
                 return
             computed = digests[number * row_bytes : (number + 1) * row_bytes]
-            if not plan.matches(computed, chunk.frames, chunk.checksums, self._arena):
+            frames = FileFrames(self._load.segments[chunk.segment - 1]) if chunk.segment else self._arena
+            if not plan.matches(computed, chunk.frames, chunk.checksums, frames):
                 self._num_good, self._corrupt_key = first + number, chunk.key

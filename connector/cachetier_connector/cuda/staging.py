@@ -93,6 +93,11 @@ class Lane:
         self._number = self._num_runs = 0
         self._addresses: dict[tuple[int, int, int], torch.Tensor] = {}
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no run is open; whoever opens runs sees to it that this stays so."""
+        return self._num_runs == 0
+
     def addresses(self, use: Use, num_chunks: int, stage_bytes: int) -> torch.Tensor:
         """Return int64 `[num_chunks]` on the device: where the chunks of a slot start, `stage_bytes` apart."""
         key = (use.slot, stage_bytes, num_chunks)

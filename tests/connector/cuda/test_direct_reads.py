@@ -3,7 +3,6 @@
 import ctypes
 import os
 import random
-from pathlib import Path
 
 import pytest
 
@@ -11,39 +10,7 @@ from cachetier.core.errors import StorageError
 from cachetier_connector.cuda import direct_reads
 from cachetier_connector.cuda.direct_reads import DirectReader, FileRead
 from cachetier_connector.cuda.probe_disk import MODE_DIRECT, MODE_HOST, choose
-
-
-class Later:
-    """A read that is done when somebody asks for it."""
-
-    def __init__(self, work) -> None:
-        self._work = work
-
-    def get(self) -> int:
-        return self._work()
-
-
-class HostFile:
-    """Reads like a `CuFile`, and notes what is open and under way."""
-
-    num_opened = 0
-    under_way = 0
-
-    def __init__(self, path: str) -> None:
-        self._data = Path(path).read_bytes()
-        HostFile.num_opened += 1
-
-    def pread(self, buffer: object, size: int, file_offset: int) -> Later:
-        address = buffer.__cuda_array_interface__["data"][0]
-        HostFile.under_way += 1
-
-        def work() -> int:
-            HostFile.under_way -= 1
-            part = self._data[file_offset : file_offset + size]
-            ctypes.memmove(address, part, len(part))
-            return len(part)
-
-        return Later(work)
+from tests.connector.cuda.host_file import HostFile
 
 
 @pytest.fixture
