@@ -38,6 +38,7 @@ def reply_of(tiling_of: list[int], tilings: list[int], tiers: list[int] | None =
         num_pending=0,
         pool_of=bytes(number % 3 for number in range(len(tiling_of))),
         pool_frames=list(range(1000, 1000 + len(tiling_of))),
+        segment_of=[number % 2 for number in range(len(tiling_of))],
     )
 
 
@@ -63,6 +64,7 @@ def test_a_load_names_exactly_the_objects_of_the_chunks_it_touches(tiling_of, ti
         assert chunk.frames == list(range(before, before + tilings[tiling_of[number]]))
         assert chunk.checksums == [frame + 100 for frame in chunk.frames]
         assert (chunk.pool, chunk.pool_frame) == (number % 3, 1000 + number)
+        assert chunk.segment == number % 2
 
 
 @given(st.lists(st.sampled_from([TIER_GPU, TIER_HOST, TIER_DISK]), min_size=1, max_size=12), st.data())

@@ -225,6 +225,19 @@ def test_bad_blocks_are_remembered_until_the_load_ends(tier, scheduling):
     assert stored(half.build_plan(step_of({"r": ([5, 6, 7, 8, 9, 10, 11], 64, 136)})))[0][0] == 1
 
 
+def test_a_request_that_is_aborted_while_it_waits_to_be_scheduled_gives_its_lease_back(tier, scheduling):
+    """So what the match had read from disk for it leaves the promoter's queue."""
+    tokens = tokens_of(31, 200)
+    tier.store(tokens[: 2 * CHUNK])
+    request = FakeRequest("r", tokens)
+    assert scheduling.arrive(request) == 2 * CHUNK
+    assert scheduling.leases() == 1
+    scheduling.half.request_finished(request)
+    assert eventually(lambda: scheduling.leases() == 0)
+    assert scheduling.half.build_plan(step_of()).loads == []
+    assert scheduling.half._requests == {}
+
+
 def test_a_request_that_ends_while_it_loads_gives_its_lease_back_when_the_load_ends(tier, scheduling):
     tokens = tokens_of(10, 200)
     tier.store(tokens[: 2 * CHUNK])
