@@ -12,7 +12,7 @@ from cachetier.core.checksum import object_checksum
 from cachetier.core.errors import CachetierError, ConfigError
 from cachetier.core.layout import KVLayout, Shard
 from cachetier_connector.copy_cpu import CpuCopyEngine
-from cachetier_connector.cuda import copy_cuda, registration, staged_load, staged_store, transfers
+from cachetier_connector.cuda import copy_cuda, registration, staged_load, staged_store, staging, transfers
 from cachetier_connector.cuda.copy_cuda import StagedCopyEngine
 from cachetier_connector.plan import ChunkSource
 from tests.connector.cuda import plain_kernels
@@ -36,7 +36,7 @@ from tests.connector.cuda.copy_cases import (
     load,
     load_op,
 )
-from tests.connector.cuda.host_device import HostDevice
+from tests.connector.cuda.host_device import HostDevice, Mark
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +129,21 @@ class TestOrder:
         rank.write(kv, blocks)
         assert torch.equal(rank.snapshot_of_blocks(), written)
 
+    def test_a_load_does_not_wait_for_the_blocks_of_another_one(self, host, rank, tier):
+        kv = kv_of(1, 2 * CHUNK)
+        chunks = [tier.put(kv, WHOLE, number) for number in range(2)]
+        first, second = blocks_for(4 * CHUNK)[: 2 * CHUNK // BLOCK], blocks_for(4 * CHUNK)[2 * CHUNK // BLOCK :]
+        one = rank.engine.open_load(tier.view, load_op([WHOLE], first, 0, 2 * CHUNK), rank.engine.fence())
+        one.push(chunks[:1])
+        host.engine.enqueue(busy := Mark())
+        other = rank.engine.open_load(tier.view, load_op([WHOLE], second, 0, 2 * CHUNK), rank.engine.fence())
+        with pytest.raises(AssertionError, match="everything waits"):  # on the other's own thread, for the engine
+            other.push(chunks)
+        one.push(chunks[1:])
+        assert one.finish() == 2
+        busy.is_passed = True
+        assert other.finish() == 0
+
     def test_the_engine_may_still_be_clearing_its_blocks_when_the_kernels_are_compiled_on_them(
         self, host, rank, monkeypatch
     ):
@@ -139,8 +154,9 @@ class TestOrder:
         assert order == ["clear", "gather", "gather"]
 
     @pytest.mark.parametrize("seed", range(3))
-    def test_two_load_threads_and_a_store_thread_do_not_disturb_each_other(self, device, tier, seed):
+    def test_load_threads_and_a_store_thread_do_not_disturb_each_other(self, device, tier, seed, monkeypatch):
         """Many more groups than slots and than digest buffers, with runs that share a lane."""
+        monkeypatch.setattr(staging, "NUM_AHEAD", 4)
         make = functools.partial(StagedCopyEngine, HostDevice(seed), warm_up_tokens=CHUNK)
         rank, errors = Rank(make, device, WHOLE[0], STAGING_BYTES // 2), []
         kv = kv_of(seed, 8 * CHUNK)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachetier_connector.cuda.transfers import CELL_BYTES, JOIN_BELOW_BYTES, Transfer, plan_transfers
+from cachetier_connector.cuda.transfers import CELL_BYTES, JOIN_BELOW_BYTES, Transfer, plan_rows, plan_transfers
 from tests.connector.cuda.host_device import rows_of
 
 MIB = 1 << 20
@@ -48,3 +48,15 @@ def test_neighbours_become_one_transfer():
 def test_what_is_large_goes_alone():
     size = JOIN_BELOW_BYTES
     assert len(plan_transfers([(ORIGIN + n * 2 * size, n * size, size) for n in range(4)], ORIGIN)) == 4
+
+
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=20),
+    st.integers(0, 20),
+    st.sampled_from([MIB // 2, MIB, 8 * MIB]),
+)
+def test_equal_rows_are_planned_as_all_else_is(places, num_in_order, width):
+    step = 9 * width // 8
+    hosts = [ORIGIN + place * step for place in (*places, *range(places[-1] + 1, places[-1] + 1 + num_in_order))]
+    found = plan_rows(hosts, 4096, width, width, ORIGIN)
+    assert found == plan_transfers([(host, 4096 + n * width, width) for n, host in enumerate(hosts)], ORIGIN)
