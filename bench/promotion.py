@@ -186,7 +186,10 @@ def measure(folder: str, object_kib: int, args: argparse.Namespace) -> list[dict
     parameters = {"object_kib": object_kib, "io_threads": args.io_threads}
     rows = [row("promote", "cachetier", round(ours), "MiB/s", **parameters)]
     rows.append(row("promote into a new arena", "cachetier", round(first), "MiB/s", **parameters))
-    rows += [row("promote", "raw O_DIRECT", round(rate), "MiB/s", pattern=name) for name, rate in medians.items()]
+    rows += [
+        row("promote", "raw O_DIRECT", round(rate), "MiB/s", pattern=name, **parameters)
+        for name, rate in medians.items()
+    ]
     rows.append(row("promote", "cachetier / raw", round(100 * ours / max(medians.values()), 1), "%", **parameters))
     return rows
 
