@@ -81,8 +81,14 @@ class HostStream:
 class HostUpload:
     """Numbers on their way to a `HostDevice`."""
 
-    def __init__(self, count: int) -> None:
-        self.tensor = torch.full((count,), -1)
+    def __init__(self, values: Sequence[int]) -> None:
+        self._values = torch.tensor(values, dtype=torch.int64)
+        self.tensor = torch.full((len(values),), -1)
+        self.is_released = False
+
+    def arrive(self) -> None:
+        assert not self.is_released, "released while it was under way"
+        self.tensor.copy_(self._values)
 
 
 class HostDevice(Device):
@@ -142,11 +148,12 @@ class HostDevice(Device):
         return torch.tensor(values, dtype=dtype)
 
     def upload(self, values: Sequence[int], stream: HostStream) -> HostUpload:
-        source, upload = torch.tensor(values, dtype=torch.int64), HostUpload(len(values))
-        stream.enqueue(lambda: upload.tensor.copy_(source))
+        upload = HostUpload(values)
+        stream.enqueue(upload.arrive)
         return upload
 
     def release(self, upload: HostUpload) -> None:
+        upload.is_released = True
         upload.tensor.fill_(-1 << 40)  # as another upload would
 
     def new_stream(self, *, is_urgent: bool) -> HostStream:

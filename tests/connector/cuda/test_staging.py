@@ -46,11 +46,12 @@ def test_a_run_leaves_the_others_their_share(lane, host, monkeypatch):
     for number in range(4):
         use_one(first, lane, settled, number)
     assert not waits
+    use_one(first, lane, settled, 4)
+    assert waits, "the rest is the second one's"
+    waits.clear()
     for number in range(4):
         use_one(second, lane, settled, number)
     assert not waits
-    use_one(first, lane, settled, 4)
-    assert waits
     first.wait()
     first.close()
     second.wait()
