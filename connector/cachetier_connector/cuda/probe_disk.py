@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from cachetier.core.errors import StorageError
+from cachetier_connector.cuda.device import CudaStream
 from cachetier_connector.cuda.direct_reads import DirectReader, FileRead, gds_problem
 from cachetier_connector.cuda.driver import Driver, DriverError
 
@@ -127,14 +128,14 @@ def _fill(descriptor: int, num_bytes: int) -> None:
 
 def _read_through_host(descriptor: int, num_bytes: int, driver: Driver, pinned: Any, target: int) -> None:
     memory, address = memoryview(pinned.numpy()), int(pinned.data_ptr())
-    streams = [torch.cuda.Stream() for _ in range(HOST_THREADS)]
+    streams = [CudaStream(driver, 0) for _ in range(HOST_THREADS)]  # torch would keep 32 and their memory
 
     def read(part: int, offset: int) -> None:
         driver.bind_thread()
         start = part * READ_BYTES
         if os.preadv(descriptor, [memory[start : start + READ_BYTES]], offset) != READ_BYTES:
             raise OSError("short read")
-        driver.copy_in(target + start, address + start, READ_BYTES, streams[part].cuda_stream, may_wait=False)
+        driver.copy_in(target + start, address + start, READ_BYTES, streams[part].handle, may_wait=False)
         streams[part].synchronize()
 
     _in_threads(read, num_bytes)
