@@ -1,8 +1,9 @@
 """The server's side of the arena: the shared file, and which frames of it are taken.
 
 The data area is cut into units of equal size. A slab is a run of consecutive units, cut into frames of one size class;
-objects of one namespace have one size, so few classes are in use. There are 8 classes to the power of two, so a frame
-wastes at most an eighth of itself, and a slab has as many units as it takes to waste at most an eighth at its end.
+objects of one namespace have one size, so few classes are in use. There are 64 classes to the power of two, so a frame
+wastes at most a 64th of itself, and a slab has as many units as it takes to waste at most a 32nd at its end: an 8 MiB
+object with its digests is just over a power of two.
 A slab whose frames are all free goes back to the common pool.
 """
 
@@ -17,8 +18,8 @@ from cachetier.core.units import format_bytes
 
 _UNIT_BYTES_MIN, _UNIT_BYTES_MAX = 1 << 16, 1 << 26
 _UNITS_AIM = 64
-_CLASSES_PER_DOUBLING = 8
-_WASTE_MAX = 1 / 8
+_CLASSES_PER_DOUBLING = 64
+_WASTE_MAX = 1 / 32
 
 
 class _Slab:

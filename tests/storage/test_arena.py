@@ -92,8 +92,8 @@ def test_a_frame_is_not_freed_twice(arena: Arena) -> None:
 
 @pytest.mark.parametrize("size", [4096, 12_288, 77_824, 135_168, 300_000, 700_000, 1_500_000])
 def test_waste_is_bounded(arena: Arena, size: int) -> None:
-    """A frame wastes an eighth at most; what a small arena loses to slab ends besides that stays under a third."""
-    assert arena.size_class(size) <= max(PAGE_BYTES, size * 9 / 8 + PAGE_BYTES)
+    """A frame wastes a 64th at most; what a small arena loses to slab ends besides that stays under a third."""
+    assert arena.size_class(size) <= size * 65 / 64 + PAGE_BYTES
     held = len(fill(arena, size)) * size
     assert held > arena.data_bytes * (0.8 if size < 100_000 else 0.66)
 
