@@ -76,6 +76,22 @@ def test_only_the_wanted_tokens_are_written(tier, seed):
     loading.loader.stop()
 
 
+def test_the_end_of_a_load_is_waited_for_and_nothing_when_none_is_under_way(tier):
+    tokens = tokens_of(30, 2 * CHUNK)
+    tier.store(tokens)
+    reply, loading = tier.match(tokens), Loading(tier)
+    start = time.monotonic()
+    assert loading.loader.take_finished(wait_s=5) == set()
+    set_state(tier, reply.frames[0], STATE_FILLING)
+    loading.loader.submit(tier.load_op(reply, 0, 2 * CHUNK, blocks_for(2 * CHUNK, 1)))
+    threading.Timer(0.1, set_state, (tier, reply.frames[0], STATE_READY)).start()
+    assert len(loading.loader.take_finished(wait_s=5)) == 1
+    assert 0.1 <= time.monotonic() - start < 4
+    assert loading.loader.take_finished(wait_s=5) == set()
+    assert time.monotonic() - start < 4
+    loading.loader.stop()
+
+
 def spoil_payload(tier, frame):
     arena_of(tier).frame(frame + 5000, 1)[0] ^= 1
 
