@@ -271,13 +271,21 @@ def prompts_with_shared_prefixes(count: int, seed: int = 0, longest: int = 3000)
     return [{"id": f"p{number}", "tokens": tokens} for number, tokens in enumerate(prompts)]
 
 
+def difference(score: float, other: float) -> float:
+    """Return how far two log-probabilities are apart, the less the more unlikely they are.
+
+    Logits are bf16: the further from zero, the coarser. Below a probability of e**-4 that is what differs most.
+    """
+    return abs(score - other) / max(1.0, -min(score, other) / 4)
+
+
 def assert_same_answers(found: list[dict], expected: list[dict], noise: float) -> None:
     """Tokens agree until a near tie; log-probabilities agree within `noise`."""
     for answer, plain in zip(found, expected, strict=True):
         steps = zip(answer["tokens"], plain["tokens"], answer["logprobs"], plain["logprobs"], strict=True)
         for token, plain_token, scores, plain_scores in steps:
             for name in scores.keys() & plain_scores.keys():
-                assert abs(scores[name] - plain_scores[name]) <= noise
+                assert difference(scores[name], plain_scores[name]) <= noise
             if token != plain_token:
                 ranked = sorted(plain_scores.values(), reverse=True)
                 assert ranked[0] - ranked[1] <= 2 * noise, "the tokens differ where it was no near tie"
@@ -291,7 +299,8 @@ def logprob_distance(some: list[dict], others: list[dict]) -> float:
         for step, other_step, token, other_token in zip(
             one["logprobs"], other["logprobs"], one["tokens"], other["tokens"], strict=True
         ):
-            worst = max([worst, *(abs(step[name] - other_step[name]) for name in step.keys() & other_step.keys())])
+            common = step.keys() & other_step.keys()
+            worst = max([worst, *(difference(step[name], other_step[name]) for name in common)])
             if token != other_token:
                 break
     return worst
