@@ -25,7 +25,7 @@ class SlowCopyEngine(LazyCopyEngine):
 
 connector.read_facts = lambda *configs: dataclasses.replace(_read_facts(*configs), device="cuda")
 copy_factory.CpuCopyEngine = SlowCopyEngine
-storer.QUEUE_TIME_MAX_S = 60.0  # what is stored is counted
+storer.QUEUE_TIME_MAX_S = storer.CALL_TIMEOUT_S = 60.0  # what is stored is counted
 
 
 class LazyConnector(connector.CachetierConnector):
