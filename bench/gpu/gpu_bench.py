@@ -116,8 +116,12 @@ class Run:
     def start(self, contenders: Sequence[Contender]) -> None:
         """Start contenders: the first alone, so that the others find what it compiled, then all at once."""
         began_s = time.monotonic()
-        one_by_one = [[contender] for contender in contenders]
-        for batch in one_by_one if self._setting.is_rehearsal else [contenders[:1], contenders[1:]]:
+        batches = [contenders[:1], contenders[1:]]
+        if self._setting.is_rehearsal:
+            batches = [[contender] for contender in contenders]
+        elif self._setting.is_eager:  # nothing is compiled
+            batches = [contenders]
+        for batch in batches:
             with ThreadPoolExecutor() as pool:
                 for contender, starting in [(each, pool.submit(_started, each)) for each in batch]:
                     self._lab.live[contender.name] = contender
