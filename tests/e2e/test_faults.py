@@ -34,9 +34,18 @@ PACED = "tests.e2e.paced_connector.PacedConnector"
 class Bench:
     """The module's engine, which outlives the servers that the tests start at its socket."""
 
-    def __init__(self, folder: Path, noise: float = NOISE_MIN, **arguments) -> None:
-        """Start nothing yet; `arguments` are vLLM's, `noise` is how far its answers to one prompt may differ."""
-        self.socket, self.noise = folder / "server.sock", noise
+    def __init__(
+        self, folder: Path, noise: float = NOISE_MIN, verified: tuple[str, str] = ("object", "digests"), **arguments
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            folder: for the socket and the log.
+            noise: how far the engine's answers to one prompt may differ.
+            verified: parts of a frame of which a load notices every flipped bit.
+            arguments: vLLM's.
+        """
+        self.socket, self.noise, self.verified = folder / "server.sock", noise, verified
         self._log, self._arguments = folder / "engine.log", arguments
         self._engine: Engine | None = None
 
@@ -185,7 +194,7 @@ def test_bits_flipped_in_memory_are_recomputed_and_counted_and_the_chunk_is_stor
         plain = store(bench, server, prompt)
         arena = SharedArena(server)
         assert len(arena.ready_frames()) == 15
-        for where in ("object", "digests", "object", "digests"):
+        for where in bench.verified * 2:
             before = server.peek()
             arena.flip_bit(rng, rng.choice(arena.ready_frames()), where)
             after = ask_for_damaged(bench, server, prompt, plain)
@@ -221,7 +230,7 @@ def test_bits_flipped_on_disk_are_recomputed_and_counted_and_the_chunk_is_stored
         plain = store(bench, server, prompt)
         server.wait_until_durable()
         server.stop()
-        flip_bits_on_disk(rng, server.data_dir, ["object", "header", "digests"])
+        flip_bits_on_disk(rng, server.data_dir, ["header", *bench.verified])
         server.start()
         bench.wait_until_connected(server)
         damaged_asks = 0
