@@ -3,13 +3,15 @@
 The shape is Llama 3.1 8B's on one GPU (32 layers, 8 KV heads of 128, bf16, blocks of 16 tokens, chunks of 64: 8 MiB an
 object) and on one of eight (1 head, 1 MiB an object). The arena is a real one in /dev/shm. Beside it, in the same run:
 plain copies by the driver between the same frames and device memory. The bytes of each round are compared or verified
-by the engine itself; medians over the rounds. Ends with the table.
+by the engine itself; medians over the rounds. Ends with the table; the rows are written after every group of them, so
+that a run that ends early keeps what it has measured. Takes half a minute; `--diagnose` adds ten seconds.
 
     python bench/gpu_copy.py [--json PATH] [--diagnose] [--rehearse]
         (--diagnose: also find out what the host's threads do to each other; --rehearse: tiny, without a GPU)
 """
 
 import argparse
+import contextlib
 import os
 import random
 import statistics
@@ -26,7 +28,7 @@ from unittest import mock
 
 import torch
 from gpu_copy_diagnosis import diagnosed, memory_steps
-from record import record, row
+from record import record, row, write
 
 from cachetier.client import ArenaView
 from cachetier.core.layout import KVLayout, frame_bytes
@@ -36,7 +38,7 @@ from cachetier_connector.cuda.copy_cuda import CudaCopyEngine, StagedCopyEngine
 from cachetier_connector.cuda.device import Device
 from cachetier_connector.cuda.registration import Registration
 from cachetier_connector.cuda.stage_plan import StagePlan
-from cachetier_connector.cuda.transfers import Transfer
+from cachetier_connector.cuda.transfers import plan_transfers
 from cachetier_connector.plan import ChunkSource, HeldChunks, LoadOp
 
 ROOT = Path(__file__).parent.parent
@@ -57,10 +59,10 @@ class Shape:
     head_size: int = 128
     block_tokens: int = 16
     chunk_tokens: int = 64
-    num_chunks: int = 512
+    num_chunks: int = 256
     staging_bytes: int = STAGING_BYTES
     num_rounds: int = 3
-    window_s: float = 0.25
+    window_s: float = 0.2
 
     @property
     def layout(self) -> KVLayout:
@@ -73,7 +75,7 @@ class Shape:
         return self.layout.object_bytes(self.layout.whole(), self.chunk_tokens)
 
 
-SHAPES = [Shape("8 heads, 8 MiB"), Shape("1 head, 1 MiB", num_heads=1, num_chunks=2048)]
+SHAPES = [Shape("8 heads, 8 MiB"), Shape("1 head, 1 MiB", num_heads=1, num_chunks=1024)]
 TINY = [Shape("tiny", 2, 2, 16, 8, 16, 8, 6 * 16384, 2, 0.02)]
 
 
@@ -100,12 +102,13 @@ class Bench:
             self.engine = make(self.caches, shape.layout, shape.layout.whole(), staging_bytes=shape.staging_bytes)
         self.device: Device = self.engine._device
         self._free_before = free
-        # A frame wastes at most an eighth of itself, a slab at most an eighth at its end.
-        file_bytes = int(2 * shape.num_chunks * frame_bytes(shape.object_bytes) * 1.3) + (64 << 20)
+        # A slab wastes a little at its end; all of the file is registered, so that it is not made larger than needed.
+        file_bytes = int(2 * shape.num_chunks * frame_bytes(shape.object_bytes) * 1.1) + (64 << 20)
         self.arena = Arena.create(str(folder / "arena"), file_bytes, b"i" * 16)
         self.view = ArenaView.attach(str(folder / "arena"))
         self.frames, self.targets = self._allocate(), self._allocate()
         self.chunks: list[ChunkSource] = []
+        self._memory: list[torch.Tensor] = []  # that plain copies go to and come from
 
     def _allocate(self) -> list[int]:
         found = [self.arena.allocate(frame_bytes(self.shape.object_bytes)) for _ in range(self.shape.num_chunks)]
@@ -170,18 +173,25 @@ class Bench:
         """Return plain copies of as many bytes between the same frames and two places in device memory."""
         stream, size = self.device.new_stream(is_urgent=False), self.shape.object_bytes
         memory, origin = self.device.empty(2 * size), self.view.address
+        self._memory.append(memory)
         frames = self.frames if is_load else self.targets
         copy = self.device.copy_in if is_load else self.device.copy_out
         events = [self.device.new_event(), self.device.new_event()]
+        places = [memory.data_ptr() + number % 2 * size for number in range(len(frames))]
+        transfers = [  # the driver refuses a copy across the border between two cells
+            part
+            for frame, place in zip(frames, places, strict=True)
+            for part in plan_transfers([(origin + frame, place, size)], origin)
+        ]
 
         def run() -> None:
             self.device.bind_thread()
-            for number, frame in enumerate(frames):
+            for number, transfer in enumerate(transfers):
                 if number % RAW_AHEAD == 0:  # a stream that has too much to do would block us, and with us the others
                     event = events[number // RAW_AHEAD % 2]
                     event.synchronize()
                     event.record(stream)
-                copy(Transfer(origin + frame, memory.data_ptr() + number % 2 * size, size), stream)
+                copy(transfer, stream)
             stream.synchronize()
 
         return run
@@ -258,17 +268,67 @@ def without_checksums() -> Iterator[None]:
         yield
 
 
-def measured(bench: Bench, diagnosis: list[str] | None) -> list[dict[str, Any]]:
-    """Return the rows of one shape; append to `diagnosis` what holds it back."""
-    shape, rows = bench.shape, []
+class Report:
+    """The rows that were found so far."""
+
+    def __init__(self, path: Path | None, gpu: str) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._path, self._gpu, self._start_s = path, gpu, time.perf_counter()
+
+    def add(self, shape: Shape, question: str, contender: str, value: float, unit: str) -> None:
+        """Take down one value, and say it."""
+        self.rows.append(row(question, contender, round(value, 3), unit, shape=shape.name))
+        seconds = time.perf_counter() - self._start_s
+        print(f"{seconds:5.1f} s  {contender}: {value:.3f} {unit}", file=sys.stderr, flush=True)
+
+    def save(self) -> None:
+        """Write all that was found so far."""
+        write("gpu_copy", self.rows, path=self._path, gpu=self._gpu)
+
+    def end(self) -> None:
+        """Write and print everything."""
+        record("gpu_copy", self.rows, path=self._path, gpu=self._gpu)
+
+
+def measured(bench: Bench, report: Report, diagnosis: list[str] | None) -> None:
+    """Measure one shape; append to `diagnosis` what holds it back."""
 
     def note(question: str, contender: str, value: float, unit: str) -> None:
-        rows.append(row(question, contender, round(value, 3), unit, shape=shape.name))
-        print(f"{contender}: {value:.3f} {unit}", file=sys.stderr, flush=True)
+        report.add(bench.shape, question, contender, value, unit)
+
+    def speed(works: tuple[Callable[[], None], ...]) -> float:
+        return bench.speed(*works) if len(works) == 1 else bench.speed_together(*works)
 
     note(COST, "device memory taken at the start", bench.used_bytes() / (1 << 20), "MiB")
     for step, taken in bench.steps:
         note(COST, f"of it: {step}", taken / (1 << 20), "MiB")
+    registration = prepared(bench, note)
+    raw_in, raw_out = bench.raw(is_load=True), bench.raw(is_load=False)
+    kinds: dict[str, tuple[tuple[Callable[[], None], ...], tuple[Callable[[], None], ...]]] = {
+        "load": ((bench.load,), (raw_in,)),
+        "store": ((bench.store,), (raw_out,)),
+        "load and store": ((bench.load, bench.store), (raw_in, raw_out)),
+        "two loads": ((bench.load, bench.load), (raw_in,)),
+    }
+    for name, (works, plain) in kinds.items():
+        note(SPEED, name, speed(works), "GB/s")
+        note(SPEED, f"{name}, plain copies", speed(plain), "GB/s")
+        report.save()
+    with without_checksums():
+        for name, (works, _) in kinds.items():
+            note(SPEED, f"{name}, no checksums", speed(works), "GB/s")
+    note(COST, "load: host CPU a chunk", bench.host_us(bench.load), "us")
+    note(COST, "store: host CPU a chunk", bench.host_us(bench.store), "us")
+    note(COST, "plain copies in: host CPU a chunk", bench.host_us(raw_in), "us")
+    report.save()
+    if diagnosis is not None:
+        diagnosis += diagnosed(bench)
+    registration.end()
+    bench.engine.stop()
+
+
+def prepared(bench: Bench, note: Callable[[str, str, float, str], None]) -> Registration:
+    """Store what is loaded from now on, and register the arena; note what that takes."""
     bench.prepare()
     note(COST, "the same after a store and a load (and a comparison)", bench.used_bytes() / (1 << 20), "MiB")
     since = time.perf_counter()
@@ -280,27 +340,7 @@ def measured(bench: Bench, diagnosis: list[str] | None) -> list[dict[str, Any]]:
     seconds = time.perf_counter() - since
     gib = bench.view.geometry.data_bytes / GIB
     note(COST, f"register the arena ({num_cells} cells)", seconds / gib, "s/GiB")
-    raw_in, raw_out = bench.raw(is_load=True), bench.raw(is_load=False)
-    for name, works in {
-        "load": (bench.load,),
-        "store": (bench.store,),
-        "load and store": (bench.load, bench.store),
-        "two loads": (bench.load, bench.load),
-    }.items():
-        plain = tuple(raw_in if work == bench.load else raw_out for work in works)
-        speed = bench.speed if len(works) == 1 else bench.speed_together
-        note(SPEED, name, speed(*works), "GB/s")
-        with without_checksums():
-            note(SPEED, f"{name}, no checksums", speed(*works), "GB/s")
-        note(SPEED, f"{name}, plain copies", speed(*(plain if name != "two loads" else plain[:1])), "GB/s")
-    note(COST, "load: host CPU a chunk", bench.host_us(bench.load), "us")
-    note(COST, "store: host CPU a chunk", bench.host_us(bench.store), "us")
-    note(COST, "plain copies in: host CPU a chunk", bench.host_us(raw_in), "us")
-    if diagnosis is not None:
-        diagnosis += diagnosed(bench)
-    registration.end()
-    bench.engine.stop()
-    return rows
+    return registration
 
 
 def main() -> None:
@@ -310,20 +350,20 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="tiny, without a GPU; records only to --json")
     parser.add_argument("--diagnose", action="store_true", help="say also what the host's threads do to each other")
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
     diagnosis: list[str] | None = [] if arguments.diagnose else None
-    for shape in TINY if arguments.rehearse else SHAPES:
-        with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="cachetier-bench-") as folder:
-            if arguments.rehearse:
-                with rehearsing() as make:
-                    rows += measured(Bench(shape, make, torch.device("cpu"), Path(folder)), diagnosis)
-            else:
-                rows += measured(Bench(shape, CudaCopyEngine, torch.device("cuda", 0), Path(folder)), diagnosis)
+    with contextlib.ExitStack() as stack:
+        if arguments.rehearse:
+            make, where = stack.enter_context(rehearsing()), torch.device("cpu")
+            report = Report(arguments.json or Path(os.devnull), "no GPU")
+        else:
+            make, where = CudaCopyEngine, torch.device("cuda", 0)
+            report = Report(arguments.json, torch.cuda.get_device_name(0))
+        for shape in TINY if arguments.rehearse else SHAPES:
+            with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="cachetier-bench-") as folder:
+                measured(Bench(shape, make, where, Path(folder)), report, diagnosis)
+            if not arguments.rehearse:
                 torch.cuda.empty_cache()
-    if arguments.rehearse:
-        record("gpu_copy", rows, path=arguments.json or Path(os.devnull), gpu="no GPU")
-    else:
-        record("gpu_copy", rows, path=arguments.json, gpu=torch.cuda.get_device_name(0))
+    report.end()
     print(*(diagnosis or []), sep="\n")
 
 

@@ -16,8 +16,8 @@ def row(question: str, contender: str, value: float, unit: str, **parameters: An
     return {"question": question, "contender": contender, "parameters": parameters, "value": value, "unit": unit}
 
 
-def record(name: str, rows: list[dict[str, Any]], *, path: Path | None = None, gpu: str = "") -> None:
-    """Write `rows` to bench/results/NAME.json or `path`, in their order, and print them; `gpu` names what ran it."""
+def write(name: str, rows: list[dict[str, Any]], *, path: Path | None = None, gpu: str = "") -> None:
+    """Write `rows` to bench/results/NAME.json or `path`, in their order; `gpu` names what ran it."""
     script = Path(sys.argv[0])
     command = shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
     common = {
@@ -29,6 +29,11 @@ def record(name: str, rows: list[dict[str, Any]], *, path: Path | None = None, g
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps([{**each, **common} for each in rows], indent=2)
     path.write_text(text + "\n")
+
+
+def record(name: str, rows: list[dict[str, Any]], *, path: Path | None = None, gpu: str = "") -> None:
+    """Write `rows` as `write` does, and print them."""
+    write(name, rows, path=path, gpu=gpu)
     for each in rows:
         parameters = ", ".join(f"{key}={value}" for key, value in each["parameters"].items())
         print(f"{each['question']:50}  {each['contender']:22}  {each['value']:>12} {each['unit']:6}  {parameters}")
