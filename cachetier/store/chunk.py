@@ -88,6 +88,7 @@ class HostChunk:
         pins: leases, transfers and look-ups that need its frames; above 0 it is never freed.
         hits: matches since it was last spared from eviction, at most HITS_MAX.
         age: number of its last entry into a queue; smaller is older.
+        used_at_s: clock time of its last hit, or of its entry if there was none.
         is_durable: whether the disk tier has it too.
         is_offered: whether it waits to be written there.
         queued_until_bytes: while PROMOTING, how much the promoter had been asked to read in all, up to this chunk.
@@ -98,7 +99,7 @@ class HostChunk:
     __slots__ = (
         "age", "checksums", "content", "copy", "engine", "frames", "hits", "is_durable", "is_offered", "key",
         "namespace", "next", "parent", "pins", "position", "previous", "queued_until_bytes", "state", "tenant",
-        "tiling",
+        "tiling", "used_at_s",
     )  # fmt: skip
 
     def __init__(
@@ -128,6 +129,7 @@ class HostChunk:
         self.pins = 0
         self.hits = 0
         self.age = 0
+        self.used_at_s = 0.0
         self.is_durable = False
         self.is_offered = False
         self.queued_until_bytes = 0

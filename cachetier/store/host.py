@@ -11,7 +11,9 @@ A chunk is never evicted before its resident descendants, which could not be fou
 goes in its place. Whoever hit it hit its ancestors too, so it is at most as hot.
 """
 
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from cachetier.core.arena_format import STATE_BAD, STATE_READY
 from cachetier.core.keys import ChainKey
@@ -41,13 +43,16 @@ class HostTable:
     Conservation: every used frame of the arena belongs to exactly one chunk, in the table or gone and still pinned.
     """
 
-    def __init__(self, arena: Arena, gpu: GpuTier, tenant_quota: float = 1.0) -> None:
+    def __init__(
+        self, arena: Arena, gpu: GpuTier, tenant_quota: float = 1.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.chunks: dict[ChainKey, HostChunk] = {}
         self.num_ready = 0
         self.num_pending = 0
         self.num_host_only = 0
         self.num_evicted = 0
         self._arena = arena
+        self._clock = clock
         self._gpu = gpu
         self._quota_bytes = int(tenant_quota * arena.data_bytes) if tenant_quota < 1 else None
         self._tenants: dict[ChainKey, Tenant] = {}
@@ -107,6 +112,7 @@ class HostTable:
             self._arena.set_state(offset, STATE_READY)
         self._ages += 1
         chunk.age = self._ages
+        chunk.used_at_s = self._clock()
         self._queue_of(chunk).add(chunk)
         if self._quota_bytes is not None:
             self._tenants[chunk.tenant].chunks[chunk.key] = chunk
@@ -194,7 +200,7 @@ class HostTable:
     def _queue_of(self, chunk: HostChunk) -> S3Fifo:
         queue = self._queues.get(chunk.tiling.classes)
         if queue is None:
-            queue = self._queues[chunk.tiling.classes] = S3Fifo()
+            queue = self._queues[chunk.tiling.classes] = S3Fifo(self._clock)
         return queue
 
     def _make_room(self, size: int, held: int) -> bool:

@@ -153,6 +153,7 @@ class Matcher:
         get, keys, contents, held, tiers = (
             self._books.table.chunks.get, prompt.keys, prompt.contents, prompt.held, prompt.tiers,
         )  # fmt: skip
+        now_s = self._books.clock()
         ready, promoting, direct = ChunkState.READY, ChunkState.PROMOTING, ChunkState.DIRECT
         for number in range(len(held), len(keys)):
             chunk = get(keys[number])
@@ -171,6 +172,7 @@ class Matcher:
             chunk.pins += 1
             if state is ready:
                 tiers.append(TIER_HOST)
+                chunk.used_at_s = now_s
                 if chunk.hits < HITS_MAX:
                     chunk.hits += 1
             else:

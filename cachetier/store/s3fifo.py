@@ -7,9 +7,11 @@ end leave, and only their keys are remembered (the ghost queue); those that were
 their key is remembered, enter the main queue, whose end gives every chunk one more round per hit. So a scan, however
 long, passes through the small queue alone. A hit only counts up to three on the chunk, without touching a queue.
 
-Two deviations. One hit moves a chunk to the main queue, where the paper's code asks for two: a page cache sees bursts
-on one object, but each hit here is another request with the same prefix. And the queues count chunks: all chunks of
-one set have frames of the same classes, so bytes would say the same.
+Three deviations. One hit moves a chunk to the main queue, where the paper's code asks for two: a page cache sees bursts
+on one object, but each hit here is another request with the same prefix. The queues count chunks: all chunks of one set
+have frames of the same classes, so bytes would say the same. And hits are forgotten: a chunk of the main queue that was
+not hit for LIFETIMES times as long as new chunks now live unhit, and for MEMORY_S at least, goes before them. Else
+documents that were popular in the morning would confine those of the afternoon to a tenth of the memory.
 """
 
 from collections import OrderedDict
@@ -19,6 +21,9 @@ from cachetier.core.keys import ChainKey
 from cachetier.store.chunk import HostChunk
 
 SMALL_SHARE = 10  # one in so many chunks belongs in the small queue
+LIFETIMES = 3
+MEMORY_S = 60.0  # no scan is faster than that in making all hits forgotten
+ROUNDS_MAX = 8  # a search moves so many chunks that were hit lately out of the way of stale ones
 SECOND_CHANCES_MAX = 2048  # a search spares so many chunks that were hit; then the next free one goes, hit or not
 KEPT_MAX = 512  # a search passes over so many chunks that are in use, and then gives up
 
@@ -26,7 +31,9 @@ KEPT_MAX = 512  # a search passes over so many chunks that are in use, and then 
 class S3Fifo:
     """The three queues of one set of chunks. The ghost queue never holds more keys than there are chunks."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """Make empty queues; `clock` is in seconds, as `HostChunk.used_at_s` is."""
+        self._clock = clock
         self._small: OrderedDict[ChainKey, HostChunk] = OrderedDict()
         self._main: OrderedDict[ChainKey, HostChunk] = OrderedDict()
         self._ghosts: OrderedDict[ChainKey, None] = OrderedDict()
@@ -83,15 +90,36 @@ class S3Fifo:
 
     def _next_queue(self) -> OrderedDict[ChainKey, HostChunk]:
         small, main = self._small, self._main
-        return small if small and (not main or len(small) * SMALL_SHARE >= len(self)) else main
+        if not small or not main or self._has_stale():
+            return main or small
+        return small if len(small) * SMALL_SHARE >= len(self) else main
+
+    def _has_stale(self) -> bool:
+        """Tell whether the main queue ends with a chunk whose hits are forgotten; those hit lately go another round."""
+        now_s, limit_s = self._clock(), self._memory_s()
+        for _ in range(ROUNDS_MAX):
+            key, chunk = next(iter(self._main.items()))
+            idle_s = now_s - chunk.used_at_s
+            if idle_s > limit_s / 2:
+                return idle_s > limit_s
+            self._main.move_to_end(key)
+        return False
+
+    def _memory_s(self) -> float:
+        """Return how long a hit counts now."""
+        oldest = next(iter(self._small.values()), None)
+        lifetime_s = self._clock() - oldest.used_at_s if oldest is not None else 0.0
+        return max(MEMORY_S, LIFETIMES * lifetime_s)
 
     def _scan(
         self, queue: OrderedDict[ChainKey, HostChunk], choose: Callable[[HostChunk], HostChunk | None]
     ) -> HostChunk | None:
         spared = kept = 0
+        stale_before_s = self._clock() - self._memory_s()
         while kept < min(len(queue), KEPT_MAX):
             key, chunk = next(iter(queue.items()))
-            if chunk.hits and spared < SECOND_CHANCES_MAX:
+            is_stale = queue is self._main and chunk.used_at_s < stale_before_s
+            if chunk.hits and spared < SECOND_CHANCES_MAX and not is_stale:
                 self._spare(queue, chunk)
                 spared += 1
             elif (chosen := choose(chunk)) is not None:

@@ -93,7 +93,7 @@ class Store:
         self._arena_path = self.data_dir.arena_path()
         self._arena = Arena.create(self._arena_path, config.host_bytes, self._instance)
         try:
-            table = HostTable(self._arena, gpu, config.tenant_quota)
+            table = HostTable(self._arena, gpu, config.tenant_quota, self._clock)
             disk = None
             if config.disk_bytes:
                 disk = DiskTier.open(
