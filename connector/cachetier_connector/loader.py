@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,6 +37,14 @@ log = logging.getLogger(__name__)
 def frames_of(chunk: ChunkSource) -> Sequence[int]:
     """Return the frames of the arena that a chunk needs to be ready: none if it is read from its segment."""
     return () if chunk.segment else chunk.frames
+
+
+class Submitted(NamedTuple):
+    """A load in the queue: what it must wait for, and since when it is there."""
+
+    load: LoadOp
+    fence: Any
+    since_s: float
 
 
 class Loader:
@@ -68,7 +76,7 @@ class Loader:
         self._finished: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._seconds: dict[str, float] = {}
-        self._loads: queue.SimpleQueue[tuple[LoadOp, Any] | None] = queue.SimpleQueue()
+        self._loads: queue.SimpleQueue[Submitted | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"cachetier-loader-{number}", daemon=True)
             for number in range(NUM_THREADS)
@@ -79,7 +87,7 @@ class Loader:
     def submit(self, load: LoadOp) -> None:
         """Queue a load. The worker's main thread. The engine bounds their number: each holds paged blocks."""
         self._num_submitted += 1
-        self._loads.put((load, self._engine.fence()))
+        self._loads.put(Submitted(load, self._engine.fence(), time.monotonic()))
 
     def take_finished(self, wait_s: float = 0.0) -> set[str]:
         """Return the requests whose loads ended since the last call; wait for the first if there are loads at all.
@@ -117,9 +125,9 @@ class Loader:
     def _run(self) -> None:
         torch.set_num_threads(1)  # this thread's copies must not take the cores that compute
         while (submitted := self._loads.get()) is not None:
-            (load, fence), start_s = submitted, time.monotonic()
+            load, start_s = submitted.load, time.monotonic()
             try:
-                end = self._load(load, fence)
+                end = self._load(submitted)
             except Exception:
                 log.exception("cachetier: loading request %s failed; it is computed instead", load.request_id)
                 end = load.start
@@ -131,32 +139,46 @@ class Loader:
                 self._seconds[load.request_id] = time.monotonic() - start_s
                 self._has_finished.set()
 
-    def _load(self, load: LoadOp, fence: Any) -> int:
-        """Carry out `load` and report what it filled; return up to which token that worked."""
-        filled: list[int] = []
+    def _load(self, submitted: Submitted) -> int:
+        """Carry out a load and report what it filled; return up to which token that worked."""
+        load, filled = submitted.load, list[int]()
         try:
-            return self._carry_out(load, fence, filled)
+            return self._carry_out(submitted, filled)
         finally:
             if load.fill:
                 self._report_filled(load.fill, filled)
 
-    def _carry_out(self, load: LoadOp, fence: Any, filled: list[int]) -> int:
+    def _carry_out(self, submitted: Submitted, filled: list[int]) -> int:
+        load, start_s = submitted.load, time.monotonic()
         try:
             arena = self._arenas.get(load.arena_path, load.instance)
         except CachetierError as error:
             log.warning("cachetier: request %s is computed, not loaded: %s", load.request_id, error)
             return load.start
-        run = self._engine.open_load(arena, load, fence)
+        run = self._engine.open_load(arena, load, submitted.fence)
         try:
             self._push_as_ready(arena, load, run)
         finally:
+            pushed_s = time.monotonic()
             num_good = run.finish()
+        self._log_times(num_good, load, submitted.since_s, start_s, pushed_s)
         filled += run.filled
         if run.corrupt_key is not None:
             log.error("cachetier: a chunk does not match its checksum; dropping it and computing from there")
             self._report_corrupt(run.corrupt_key)
         end = (load.first_chunk + num_good) * load.chunk_tokens
         return min(load.end, end) if num_good else load.start
+
+    def _log_times(self, num_good: int, load: LoadOp, since_s: float, start_s: float, pushed_s: float) -> None:
+        end_s = time.monotonic()
+        log.debug(
+            "cachetier: load of %d chunks: queued %.2f ms, pushed %.2f ms, settled %.2f ms, %.1f GB/s",
+            num_good,
+            1000 * (start_s - since_s),
+            1000 * (pushed_s - start_s),
+            1000 * (end_s - pushed_s),
+            num_good * self._engine.shard_bytes(load.chunk_tokens) / max(end_s - start_s, 1e-6) / 1e9,
+        )
 
     def _push_as_ready(self, arena: ArenaView, load: LoadOp, run: LoadRun) -> None:
         """Push chunks in order, up to the first that does not arrive: what is ready together goes together."""

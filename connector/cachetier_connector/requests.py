@@ -56,6 +56,7 @@ class TrackedRequest:
         next_chunk: the first chunk that has not been handed to the workers and is not known to be held.
         loading: tokens `[start, end)` being loaded, None when no load is under way.
         load_s: how long the slowest rank's load took.
+        planned_s, loaded_s: when the latest load was planned; when its end was known, 0 once it is scheduled.
         failed_at: first token that the load under way could not bring, None while there is none.
         has_stores: chunks in the blocks that it has now were handed to the workers.
         is_finished: vLLM is done with it, except for a load under way.
@@ -71,6 +72,8 @@ class TrackedRequest:
     next_chunk: int = 0
     loading: tuple[int, int] | None = None
     load_s: float = 0.0
+    planned_s: float = 0.0
+    loaded_s: float = 0.0
     failed_at: int | None = None
     has_stores: bool = False
     is_finished: bool = False

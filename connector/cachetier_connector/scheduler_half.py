@@ -144,6 +144,7 @@ class SchedulerHalf:
         start, end = tracked.matched_from, tracked.matched_from + num_external_tokens
         first_chunk, chunks = chunks_to_load(ticket.reply, start, end, ticket.chunk_tokens)
         tracked.loading, tracked.failed_at, tracked.load_s = (start, end), None, 0.0
+        tracked.planned_s = time.monotonic()
         tracked.block_ids, tracked.computed_end = list(block_ids), end
         self._plan.loads.append(
             LoadOp(
@@ -265,7 +266,7 @@ class SchedulerHalf:
         return ticket.choice.num_chunks
 
     def _end_load(self, tracked: TrackedRequest, start: int, end: int) -> None:
-        ticket, tracked.loading = tracked.ticket, None
+        ticket, tracked.loading, tracked.loaded_s = tracked.ticket, None, time.monotonic()
         assert ticket is not None
         assert ticket.reply is not None
         if tracked.failed_at is not None:
@@ -293,6 +294,9 @@ class SchedulerHalf:
             if tracked := self._requests.get(new.req_id):
                 tracked.block_ids = list(new.block_ids[0])
                 tracked.computed_end = new.num_computed_tokens + scheduled[new.req_id]
+                if tracked.loaded_s and tracked.ticket is not None:
+                    _log_times(tracked, tracked.ticket)
+                    tracked.loaded_s = 0.0
         cached = output.scheduled_cached_reqs
         for request_id, blocks, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
@@ -344,3 +348,13 @@ class SchedulerHalf:
             extras=[(chunk - first, extra) for chunk, extra in ticket.extras if first <= chunk < end],
             block_ids=tracked.block_ids[start_token // block_tokens : -(-end_token // block_tokens)],
         )
+
+
+def _log_times(tracked: TrackedRequest, ticket: MatchTicket) -> None:
+    """Say what became of the time of a request that was loaded and is now scheduled for the first time."""
+    times_s = (ticket.replied_s, tracked.planned_s, tracked.loaded_s, time.monotonic())
+    log.debug(
+        "cachetier: request %s: matched %.2f ms, planned %.2f ms, loaded %.2f ms, scheduled %.2f ms after it arrived",
+        tracked.id,
+        *(1000 * (each_s - ticket.since_s) for each_s in times_s),
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from bench.gpu.profile import LOADED
 from cachetier.core.arena_format import STATE_BAD, STATE_FILLING, STATE_READY
 from cachetier.core.layout import PAGE_BYTES, Shard, digests_offset
 from cachetier_connector import loader as loader_module
@@ -89,6 +90,22 @@ def test_the_end_of_a_load_is_waited_for_and_nothing_when_none_is_under_way(tier
     assert 0.1 <= time.monotonic() - start < 4
     assert loading.loader.take_finished(wait_s=5) == set()
     assert time.monotonic() - start < 4
+    loading.loader.stop()
+
+
+def test_the_log_says_where_the_time_of_a_load_went(tier, monkeypatch):
+    tokens, lines = tokens_of(31, 3 * CHUNK), []
+    monkeypatch.setattr(loader_module.log, "debug", lambda text, *values: lines.append(text % values))
+    tier.store(tokens)
+    reply, loading = tier.match(tokens), Loading(tier)
+    set_state(tier, reply.frames[0], STATE_FILLING)
+    threading.Timer(0.1, set_state, (tier, reply.frames[0], STATE_READY)).start()
+    assert loading.load(tier.load_op(reply, 0, 3 * CHUNK, blocks_for(3 * CHUNK, 1))) == set()
+    [found] = filter(None, map(LOADED.search, lines))
+    count, queued_ms, pushed_ms, settled_ms, _ = map(float, found.groups())
+    assert count == 3
+    assert 0 <= queued_ms < 80 <= pushed_ms
+    assert settled_ms >= 0
     loading.loader.stop()
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from bench.gpu.profile import SCHEDULED
 from cachetier.core.config import ConnectorConfig
 from cachetier.core.layout import Shard
+from cachetier_connector import scheduler_half
 from cachetier_connector.break_even import Choice
 from cachetier_connector.facts import EngineFacts
 from cachetier_connector.plan import StepPlan, tokens_to_bytes
@@ -129,6 +131,25 @@ def test_the_first_op_starts_the_chain_and_the_tokens_are_those_of_its_chunks(sc
     assert second.tokens == tokens_to_bytes(tokens[CHUNK : 3 * CHUNK])
     keys = scheduling.half._requests["r"].ticket.reply.keys
     assert second.parent == keys[:16]
+
+
+def test_the_log_says_once_where_the_time_before_a_loaded_request_was_scheduled_went(tier, scheduling, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(scheduler_half.log, "debug", lambda text, *values: lines.append(text % values))
+    tokens = tokens_of(35, 200)
+    tier.store(tokens[: 2 * CHUNK])
+    half, request = scheduling.half, FakeRequest("r", tokens)
+    scheduling.arrive(request)
+    half.update_state_after_alloc(request, [5, 6, 7, 8], 2 * CHUNK)
+    half.build_plan(step_of())
+    time.sleep(0.05)
+    half.update_from_workers(["r"], set())
+    assert not lines
+    for _ in range(2):  # vLLM's newer runner calls a request that was preempted new
+        half.build_plan(step_of({"r": ([5, 6, 7, 8, 9, 10, 11], 128, 72)}))
+    [line] = lines
+    matched, planned, loaded, scheduled = map(float, SCHEDULED.search(line).groups())
+    assert 0 < matched <= planned <= loaded - 50 <= scheduled - 50
 
 
 def test_what_is_held_is_loaded_up_to_the_last_token_and_only_the_rest_is_stored(tier, scheduling):
