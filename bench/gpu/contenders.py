@@ -48,6 +48,8 @@ class Contender:
         self._options = setting.engine_arguments() | arguments
         if connector is not None:
             self._options["kv_transfer_config"] = {"kv_role": "kv_both"} | connector
+        self.is_eager = bool(self._options["enforce_eager"])
+        self.asked: list[dict[str, Any]] = []  # all answers, with the prompts' lengths as "tokens"
         self._processes: list[subprocess.Popen[str]] = []
         self._engine: subprocess.Popen[str] | None = None
 
@@ -86,7 +88,18 @@ class Contender:
         reply = self._read(timeout_s)
         if "error" in reply:
             raise ContenderError(f"{self.name}: {reply['error']}{self._tail()}")
+        if name == "ask":
+            lengths = [sum(length for _, length in prompt["parts"]) for prompt in arguments["prompts"]]
+            self.asked += [answer | {"tokens": length} for answer, length in zip(reply["value"], lengths, strict=True)]
         return reply["value"]
+
+    def log_text(self) -> str:
+        """Return what it has logged."""
+        return self._log.read_text(errors="replace")
+
+    def computed_tokens(self) -> int:
+        """Return of how many prompt tokens it did not find the KV, and so was to store it, since it started."""
+        return sum(answer["tokens"] - answer["cached"] for answer in self.asked)
 
     def ask(self, *parts: tuple[int, int], **params: Any) -> dict[str, Any]:
         """Ask one prompt, of `parts` (seed, length), for one token."""
@@ -157,7 +170,7 @@ class Contender:
         return json.loads(line)
 
     def _tail(self) -> str:
-        return ":\n" + self._log.read_text(errors="replace")[-3000:]
+        return ":\n" + self.log_text()[-3000:]
 
 
 class Lmcache(Contender):
