@@ -4,7 +4,7 @@ Engines of all contenders are up at the same time and asked in turn, in random o
 changes on the machine changes for all of them; an engine that is not asked does nothing. They differ in nothing but
 `kv_transfer_config`. Results are written after every question; a contender that fails is noted, and the rest goes on.
 Questions are asked in the order in which they are named, within groups that share engines; one for which too little
-time is left is passed over. Everything takes about eight minutes on an H200, in two commands:
+time is left is passed over. Everything takes about nine minutes on an H200, in two commands of less than five each:
 
     python -m bench.gpu.gpu_bench --eager --questions ttft_host device_bytes long_documents cold_prefill
     python -m bench.gpu.gpu_bench --eager --questions ttft_gpu_tier checksum_cost disk_read bidirectional
