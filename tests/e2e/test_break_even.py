@@ -86,7 +86,8 @@ def assert_hits_shrink(engine: Engine, server: Server, measured: list[dict]) -> 
     )
     assert after["loads_failed"] == before["loads_failed"], "a cut hit is no failed load"
     assert after["tokens"]["stored"] == before["tokens"]["stored"], "what was cut is held and not stored again"
-    assert after["disk_bytes_per_s"] < 4 * SLOW_BYTES_PER_S
+    # Before the first read has ended, the estimate is what it would be if it ended now: it falls with time.
+    server.wait_for(lambda stats: stats["disk_bytes_per_s"] < 4 * SLOW_BYTES_PER_S, timeout_s=60)
     assert after["tokens_per_s"]["prefill"] > 1000
     assert statistics.median(cached_s) <= SLOWER_MAX * statistics.median(plain_s), f"{cached_s} against {plain_s}"
 
