@@ -116,7 +116,7 @@ def test_an_idle_engine_waits_for_one_match_a_step(scheduling, monkeypatch):
         half.on_new_request(request)
     start = time.monotonic()
     assert [half.get_num_new_matched_tokens(request, 0)[0] for request in requests] == [None] * 4
-    assert 0.3 <= time.monotonic() - start < 0.6
+    assert 0.3 <= time.monotonic() - start < 1.0  # four waits would be 1.2
     ready.set()
 
 
