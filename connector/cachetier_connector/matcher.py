@@ -54,6 +54,7 @@ class Matcher:
         """
         self._link, self._identity, self._layout = link, identity, layout
         self._max_blocking_s, self._reads_pools = max_blocking_s, reads_pools
+        self._release_s = max(RELEASE_TIMEOUT_S, max_blocking_s)
         self._jobs: queue.Queue[Callable[[], object]] = queue.Queue(MAX_JOBS)
         self._ticket_lock = threading.Lock()
         self._leased: dict[int, MatchTicket] = {}
@@ -104,7 +105,7 @@ class Matcher:
                     prefill_tokens_per_s=prefill_tokens_per_s,
                     load_tokens_per_s=load_tokens_per_s,
                 ),
-                RELEASE_TIMEOUT_S,
+                self._release_s,
             )
         )
 
@@ -120,7 +121,7 @@ class Matcher:
     def stop(self) -> None:
         """Carry out what is queued, close the session and end the thread."""
         self._is_stopping = True
-        self._thread.join(RELEASE_TIMEOUT_S + self._max_blocking_s)
+        self._thread.join(self._release_s + self._max_blocking_s)
 
     def _submit(self, job: Callable[[], object]) -> bool:
         try:
@@ -198,22 +199,22 @@ class Matcher:
         if self._link.server is None or self._link.server.instance != ticket.instance:
             return  # that server is gone, and its leases with it
         self._leased.pop(use.lease, None)
-        self._link.call(lambda session: Release(session=session, uses=[use]), RELEASE_TIMEOUT_S)
+        self._link.call(lambda session: Release(session=session, uses=[use]), self._release_s)
 
     def _trim(self, ticket: MatchTicket, num_chunks: int) -> None:
         if self._link.server is None or self._link.server.instance != ticket.instance or ticket.reply is None:
             return
         lease = ticket.reply.lease
-        self._link.call(lambda session: Trim(session=session, lease=lease, num_chunks=num_chunks), RELEASE_TIMEOUT_S)
+        self._link.call(lambda session: Trim(session=session, lease=lease, num_chunks=num_chunks), self._release_s)
 
     def _report_failed_load(self) -> None:
-        self._link.call(lambda session: Report(session=session, loads_failed=1), RELEASE_TIMEOUT_S)
+        self._link.call(lambda session: Report(session=session, loads_failed=1), self._release_s)
 
     def _renew(self) -> None:
         if not self._leased:
             return
         leases = list(self._leased)
-        reply = self._link.call(lambda session: Renew(session=session, leases=leases), RELEASE_TIMEOUT_S)
+        reply = self._link.call(lambda session: Renew(session=session, leases=leases), self._release_s)
         for lease in reply.expired if reply is not None else leases:
             with self._ticket_lock:
                 self._leased.pop(lease).is_released = True

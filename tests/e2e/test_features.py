@@ -180,7 +180,8 @@ def test_requests_that_share_a_prefix_at_once_store_it_once_and_all_hit_it(stand
     warm = stand.ask(prompts, at_once=True)
     after = stand.counts()
     assert [answer["cached"] for answer in warm] == [loadable(prompt) for prompt in prompts]
-    assert after.host - before.host >= sum(loadable(prompt) - shared for prompt in prompts) + shared
+    # Who comes after the first one's load finds the start in vLLM's own cache, to the block and not to the chunk.
+    assert after.host - before.host >= sum(loadable(prompt) - len(start) for prompt in prompts) + shared
     assert after.stored == before.stored
     assert_same_answers(cold, expected, NOISE)
     assert_same_answers(warm, expected, NOISE)
