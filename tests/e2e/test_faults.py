@@ -29,6 +29,7 @@ from tests.e2e.traffic import (
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 PACED = "tests.e2e.paced_connector.PacedConnector"
+PACED_STEP_S = 0.03
 
 
 class Bench:
@@ -80,7 +81,7 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    bench = Bench(tmp_path_factory.mktemp("engine"))
+    bench = Bench(tmp_path_factory.mktemp("engine"), connector_class=PACED)
     yield bench
     bench.close()
 
@@ -277,7 +278,7 @@ def test_a_server_replaced_by_one_with_other_data_and_other_chunks_is_used_like_
     server = start_with_chunks(bench, tmp_path, 64)
     with running(server):
         start = time.monotonic()
-        bench.engine.start("generate", prompts=[decoding | {"id": "paced"}])  # 900 steps of 30 ms or more
+        bench.engine.start("generate", prompts=[decoding | {"id": "paced"}])  # 900 slow steps
         wait_for_stores(server)
         server.stop()
     for chunk_tokens in (32, 128):  # while the request that began with the first server is being decoded
@@ -288,6 +289,7 @@ def test_a_server_replaced_by_one_with_other_data_and_other_chunks_is_used_like_
             server.stop()
     last_stop_s = time.monotonic() - start
     [answer] = bench.engine.finish()
+    assert answer["seconds"] > 900 * PACED_STEP_S, "it was not paced"
     assert answer["seconds"] > last_stop_s, "it ended before the last server came"
     assert_same_answers([answer], ask(bench.engine, [decoding], params=WITHOUT_CACHE), NOISE_MIN)
     pairs = prompts_in_pairs(2, seed=20)
