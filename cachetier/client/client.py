@@ -5,11 +5,22 @@ from typing import Any, overload
 import msgspec
 
 from cachetier.client.connection import Connection, Reply, request_bytes
+from cachetier.core.codec import PATH_OF, REPLY_OF, decode, encode
+from cachetier.core.document_messages import (
+    ListDocuments,
+    ListDocumentsReply,
+    MatchDocuments,
+    MatchDocumentsReply,
+    RegisterDocument,
+    RegisterDocumentReply,
+    RemoveDocument,
+    RemoveDocumentReply,
+    SyncDocuments,
+    SyncDocumentsReply,
+)
 from cachetier.core.errors import ProtocolError, UnavailableError
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
-    PATH_OF,
-    REPLY_OF,
     Commit,
     CommitReply,
     Empty,
@@ -27,8 +38,6 @@ from cachetier.core.messages import (
     Report,
     Reserve,
     ReserveReply,
-    decode,
-    encode,
 )
 from cachetier.core.pool_messages import CheckPools, CheckPoolsReply, CommitPool, OfferPool
 
@@ -64,6 +73,16 @@ class Client:
     def call(self, message: Commit, timeout_s: float) -> CommitReply: ...
     @overload
     def call(self, message: CheckPools, timeout_s: float) -> CheckPoolsReply: ...
+    @overload
+    def call(self, message: RegisterDocument, timeout_s: float) -> RegisterDocumentReply: ...
+    @overload
+    def call(self, message: SyncDocuments, timeout_s: float) -> SyncDocumentsReply: ...
+    @overload
+    def call(self, message: MatchDocuments, timeout_s: float) -> MatchDocumentsReply: ...
+    @overload
+    def call(self, message: ListDocuments, timeout_s: float) -> ListDocumentsReply: ...
+    @overload
+    def call(self, message: RemoveDocument, timeout_s: float) -> RemoveDocumentReply: ...
     @overload
     def call(
         self, message: Release | Invalidate | Report | ReadsDirectly | OfferPool | CommitPool, timeout_s: float

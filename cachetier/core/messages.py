@@ -5,15 +5,10 @@ each, one after the other. Chunks of a message are numbered from its first chunk
 its chain. Sizes are limited before decoding (`MAX_BODY_BYTES`) and after it (`MAX_CHUNKS`).
 """
 
-from typing import TypeVar
-
-import msgspec
-
-from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout, Shard
 from cachetier.core.message_base import Message
-from cachetier.core.pool_messages import CheckPools, CheckPoolsReply, CommitPool, OfferPool, Pool
+from cachetier.core.pool_messages import Pool
 
 API_VERSION = 1
 MAX_CHUNKS = 1 << 16
@@ -270,6 +265,9 @@ class Report(Message, frozen=True):
         loads_failed: requests whose load failed or missed its deadline, and which were recomputed.
         prefill_tokens_per_s: how fast the engine computes the prompts that it loads; 0: no news.
         load_tokens_per_s: how fast it loads from host memory; 0: no news.
+        requests_blended: requests whose load from the middle of their prompt succeeded.
+        blend_loaded_tokens: tokens that they loaded from documents.
+        blend_computed_tokens: tokens before the end of their last document that they computed nevertheless.
     """
 
     session: int
@@ -277,6 +275,9 @@ class Report(Message, frozen=True):
     loads_failed: int = 0
     prefill_tokens_per_s: float = 0.0
     load_tokens_per_s: float = 0.0
+    requests_blended: int = 0
+    blend_loaded_tokens: int = 0
+    blend_computed_tokens: int = 0
 
 
 class ReadsDirectly(Message, frozen=True):
@@ -296,59 +297,3 @@ class ReadsDirectly(Message, frozen=True):
 
 class Empty(Message, frozen=True):
     """A reply that says nothing but that it was done."""
-
-
-REPLY_OF: dict[type[Message], type[Message]] = {
-    OpenSession: OpenSessionReply,
-    RegisterNamespace: RegisterNamespaceReply,
-    Match: MatchReply,
-    Trim: Empty,
-    Release: Empty,
-    Renew: RenewReply,
-    Reserve: ReserveReply,
-    Commit: CommitReply,
-    Invalidate: Empty,
-    Report: Empty,
-    ReadsDirectly: Empty,
-    OfferPool: Empty,
-    CommitPool: Empty,
-    CheckPools: CheckPoolsReply,
-}
-
-PATH_OF: dict[type[Message], str] = {
-    OpenSession: f"/v{API_VERSION}/session",
-    RegisterNamespace: f"/v{API_VERSION}/namespace",
-    Match: f"/v{API_VERSION}/match",
-    Trim: f"/v{API_VERSION}/trim",
-    Release: f"/v{API_VERSION}/release",
-    Renew: f"/v{API_VERSION}/renew",
-    Reserve: f"/v{API_VERSION}/reserve",
-    Commit: f"/v{API_VERSION}/commit",
-    Invalidate: f"/v{API_VERSION}/invalidate",
-    Report: f"/v{API_VERSION}/report",
-    ReadsDirectly: f"/v{API_VERSION}/reads-directly",
-    OfferPool: f"/v{API_VERSION}/pool/offer",
-    CommitPool: f"/v{API_VERSION}/pool/commit",
-    CheckPools: f"/v{API_VERSION}/pool/check",
-}
-
-M = TypeVar("M", bound="Message")
-_encoder = msgspec.msgpack.Encoder()
-_decoders = {kind: msgspec.msgpack.Decoder(kind) for kind in {*REPLY_OF, *REPLY_OF.values()}}
-
-
-def encode(message: Message) -> bytes:
-    """Return the msgpack body of `message`."""
-    return _encoder.encode(message)
-
-
-def decode(kind: type[M], body: bytes) -> M:
-    """Return the message of `kind` in `body`.
-
-    Raises:
-        ProtocolError: the body is not such a message; the text says where it differs.
-    """
-    try:
-        return _decoders[kind].decode(body)  # type: ignore[return-value]
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"{kind.__name__}: {error}") from error

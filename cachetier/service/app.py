@@ -14,12 +14,12 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from cachetier.core.codec import PATH_OF, decode, encode
 from cachetier.core.errors import ProtocolError
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
     API_VERSION,
     MAX_BODY_BYTES,
-    PATH_OF,
     Commit,
     Invalidate,
     Match,
@@ -31,8 +31,6 @@ from cachetier.core.messages import (
     Report,
     Reserve,
     Trim,
-    decode,
-    encode,
 )
 from cachetier.core.pool_messages import CheckPools, CommitPool, OfferPool
 from cachetier.service.metrics import Metrics
@@ -80,8 +78,8 @@ class Service:
             CommitPool: store.commit_pool,
             CheckPools: store.check_pools,
         }
-        for kind, path in PATH_OF.items():
-            app.router.add_post(path, self._message_handler(kind, calls[kind]))
+        for kind, call in calls.items():
+            app.router.add_post(PATH_OF[kind], self._message_handler(kind, call))
         app.router.add_get(f"/v{API_VERSION}/session/{{session:[0-9]{{1,20}}}}/watch", self._watch)
         app.router.add_get(f"/v{API_VERSION}/stats", self._stats)
         app.router.add_get("/healthz", self._healthz)

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachetier.core import messages
+from cachetier.core.codec import PATH_OF, REPLY_OF, decode, encode
+from cachetier.core.document_messages import DocumentInfo, DocumentRun
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout, Shard
-from cachetier.core.messages import PATH_OF, REPLY_OF, Message, decode, encode
+from cachetier.core.message_base import Message
 from cachetier.core.pool_messages import PoolPart
 
 KEYS = st.binary(min_size=16, max_size=16)
@@ -51,13 +53,20 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
         ),
         max_size=3,
     ),
+    bytes | None: st.none() | st.binary(max_size=64),
+    list[tuple[int, int]]: st.lists(st.tuples(COUNTS, st.integers(0, (1 << 64) - 1)), max_size=5),
 }
-KINDS = [*REPLY_OF, *sorted(set(REPLY_OF.values()), key=lambda kind: kind.__name__)]
 
 
 def any_message(kind: type[Message]) -> st.SearchStrategy[Message]:
     fields = msgspec.structs.fields(kind)
     return st.builds(kind, **{field.name: BY_TYPE[field.type] for field in fields})
+
+
+BY_TYPE[messages.MatchReply] = any_message(messages.MatchReply)
+BY_TYPE[list[DocumentRun]] = st.lists(any_message(DocumentRun), max_size=2)
+BY_TYPE[list[DocumentInfo]] = st.lists(any_message(DocumentInfo), max_size=2)
+KINDS = [*REPLY_OF, *sorted(set(REPLY_OF.values()), key=lambda kind: kind.__name__)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

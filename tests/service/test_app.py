@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from cachetier.core.codec import PATH_OF, encode
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
     MAX_BODY_BYTES,
-    PATH_OF,
     Commit,
     Invalidate,
     LeaseUse,
@@ -23,7 +23,6 @@ from cachetier.core.messages import (
     Release,
     Renew,
     Report,
-    encode,
 )
 from cachetier.core.pool_messages import CheckPools, CommitPool, OfferPool
 from tests.service.running import LAYOUT, OBJECT_BYTES, RunningServer, TinyEngine, identity, tokens_of
