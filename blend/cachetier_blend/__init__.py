@@ -1,1 +1,1 @@
-"""Blending: hits in the middle of a prompt. Its place in the layers; nothing is here yet."""
+"""Blending: hits in the middle of a prompt. It runs inside engines; nothing of the server imports it."""

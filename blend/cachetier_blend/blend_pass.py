@@ -1,0 +1,144 @@
+"""The blend pass: the engine's own model computes chosen runs of prompts, in place, outside of vLLM's scheduling.
+
+The runs become one vLLM batch in which every run is a sequence of `end - start` query tokens with `end` tokens in all,
+whose KV stands in the blocks of its request. The engine's attention kernels then apply the exact causal mask whatever
+the backend, and new KV of earlier runs is seen by later ones in the same layer. Runs on the worker's main thread, on
+the engine's own stream, in the same step on all ranks. The one module of this package that imports vllm.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_KNOWN_FIELDS = inspect.signature(CommonAttentionMetadata).parameters  # they differ between vLLM's versions
+
+
+class PassRun(NamedTuple):
+    """Consecutive tokens of one prompt to compute.
+
+    Attributes:
+        tokens: their ids.
+        start: position of the first.
+        block_ids: the request's block table from its first block on.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    block_ids: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.start + len(self.tokens)
+
+
+class BlendPass:
+    """One worker's model, ready to compute runs."""
+
+    def __init__(self, model: torch.nn.Module, vllm_config: "VllmConfig", spec: Any, layers: Sequence[str]) -> None:
+        """Prepare passes.
+
+        Args:
+            model: as vLLM loaded it.
+            vllm_config: of this worker.
+            spec: vLLM's specification of the KV cache group, which is the model's only one.
+            layers: names of the group's attention layers, in order.
+        """
+        self._model, self._vllm_config = model, vllm_config
+        self._block_tokens: int = spec.block_size
+        self._device = next(model.parameters()).device
+        self._layers = list(layers)
+        self._attention: Mapping[str, Any] = vllm_config.compilation_config.static_forward_context
+        backend = self._attention[self._layers[0]].get_attn_backend()
+        self._builder = backend.get_builder_cls()(spec, self._layers, vllm_config, self._device)
+
+    def compute(self, runs: Sequence[PassRun], *, shift: int = 0) -> torch.Tensor:
+        """Compute the KV of `runs`; everything before each run in its blocks is visible to it.
+
+        Returns as soon as the work is launched; on a GPU it runs in the order of the current stream. The caller keeps
+        to `max_num_batched_tokens` and `max_num_seqs`.
+
+        Args:
+            runs: disjoint; those of one request ascending.
+            shift: added to all positions that the model sees, while the KV stays where it is.
+
+        Returns:
+            The hidden states `[tokens, hidden size]` after the last layer, run after run.
+        """
+        ids, positions, slots, metadata = self._batch(runs)
+        with (
+            torch.inference_mode(),
+            set_forward_context(
+                dict.fromkeys(self._layers, metadata),
+                self._vllm_config,
+                num_tokens=len(ids),
+                slot_mapping=dict.fromkeys(self._layers, slots),
+            ),
+        ):
+            hidden = self._model(input_ids=ids, positions=positions + shift)
+        assert isinstance(hidden, torch.Tensor), "a model that returns more than hidden states is not blended"
+        return hidden
+
+    @contextmanager
+    def watched(self, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+        """Within this context, keep what the passes' queries are: `[tokens, heads, head_size]`, rotated, by layer."""
+        queries: dict[int, torch.Tensor] = {}
+
+        def watch(layer: int, forward: Any) -> Any:
+            def watching(attention: Any, query: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+                queries[layer] = query.clone()
+                return forward(attention, query, *arguments, **named)
+
+            return watching
+
+        implementations = {layer: self._attention[self._layers[layer]].impl for layer in layers}
+        for layer, implementation in implementations.items():
+            implementation.forward = watch(layer, implementation.forward)
+        try:
+            yield queries
+        finally:
+            for implementation in implementations.values():
+                del implementation.forward  # the method of its class shows again
+
+    def _batch(self, runs: Sequence[PassRun]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """Return token ids, positions, slots and attention metadata of a pass.
+
+        vLLM drops torch.compile's guards: ids must be int32 and positions int64, as in its own buffers.
+        """
+        starts = torch.tensor([run.start for run in runs])
+        ends = torch.tensor([run.end for run in runs], dtype=torch.int32)
+        lengths = ends - starts
+        query_start = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        positions = torch.cat([torch.arange(run.start, run.end) for run in runs])
+        tables = torch.zeros(len(runs), max(len(run.block_ids) for run in runs), dtype=torch.int32)
+        for row, run in zip(tables, runs, strict=True):
+            row[: len(run.block_ids)] = torch.as_tensor(run.block_ids, dtype=torch.int32)
+        blocks = tables[torch.arange(len(runs)).repeat_interleave(lengths), positions // self._block_tokens]
+        slots = (blocks.long() * self._block_tokens + positions % self._block_tokens).to(self._device)
+        ids = torch.cat([torch.as_tensor(run.tokens, dtype=torch.int32) for run in runs])
+        fields = {
+            "query_start_loc": query_start.to(self._device),
+            "query_start_loc_cpu": query_start,
+            "seq_lens": ends.to(self._device),
+            "_seq_lens_cpu": ends,
+            "seq_lens_cpu_upper_bound": ends,
+            "num_reqs": len(runs),
+            "num_actual_tokens": len(positions),
+            "max_query_len": int(lengths.max()),
+            "max_seq_len": int(ends.max()),
+            "slot_mapping": slots,
+            "causal": True,
+            "block_table_tensor": tables.to(self._device),
+            "is_prefilling": torch.ones(len(runs), dtype=torch.bool),
+        }
+        common = CommonAttentionMetadata(**{name: value for name, value in fields.items() if name in _KNOWN_FIELDS})
+        metadata = self._builder.build(0, common)
+        return ids.to(self._device), positions.to(self._device), slots, metadata
