@@ -27,11 +27,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "each engine, model and inputs, deleted when everything was sent)",
     )
     parser.add_argument(
+        "--document",
+        action="store_true",
+        help="the inputs are documents: texts that are computed alone and registered, to be found anywhere in later "
+        "prompts (blending); an id is the file's path as given, or relative to the folder that was given",
+    )
+    parser.add_argument("--jsonl", action="store_true", help="the files are JSONL whatever their names")
+    parser.add_argument(
         "inputs",
         nargs="+",
         metavar="INPUT",
         help='text file, folder (its *.txt and *.md), .jsonl file of {"messages": [...]}, {"prompt": "..."} or '
-        '{"token_ids": [...]}, each with an optional "cache_salt"; - for JSONL on standard input',
+        '{"token_ids": [...]}, each with an optional "cache_salt" (documents: {"id": "...", "text": "..."} or {"id": '
+        '"...", "token_ids": [...]}); - for JSONL on standard input',
     )
 
 

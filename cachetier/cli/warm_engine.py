@@ -1,7 +1,7 @@
 """The engine as `cachetier warm` sees it: a vLLM OpenAI server that is asked for its models and sent prompts.
 
-Runs on the event loop. What becomes of one prompt is a value (`Sent`, `TooLong`, `Refused`); an engine that cannot be
-used any more is an exception, because every further prompt would meet the same fate.
+Runs on the event loop. What becomes of one prompt is a value (`Sent`, `TooLong`, `TooShort`, `Refused`); an engine that
+cannot be used any more is an exception, because every further prompt would meet the same fate.
 """
 
 import asyncio
@@ -13,9 +13,12 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from cachetier.cli.warm_documents import Document
 from cachetier.cli.warm_input import Prompt
 from cachetier.core.errors import ConfigError, UnavailableError
 
+TOKENIZE_PATH = "/tokenize"  # vLLM's own, beside the OpenAI interface
+DOCUMENT_TOKENS_MIN = 128  # the server registers no shorter one: a hit of it would not be worth its loading
 API_KEY_VARIABLE = "VLLM_API_KEY"  # the variable from which `vllm serve` itself takes its key
 CONNECT_TIMEOUT_S = 10.0
 REPLY_TIMEOUT_S = 900.0  # without streaming nothing arrives before the whole prefill, queue included, is done
@@ -56,6 +59,13 @@ class Sent:
 @dataclasses.dataclass(frozen=True, slots=True)
 class TooLong:
     """The prompt is longer than the model's context."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TooShort:
+    """The document has too few tokens to be worth registering."""
 
     reason: str
 
@@ -120,24 +130,56 @@ class Engine:
         self.model = name or served[0]
         return self.model
 
-    async def send(self, prompt: Prompt) -> Sent | TooLong | Refused:
-        """Send one prompt, trying again while the engine is busy or away.
+    async def send(self, prompt: Prompt) -> Sent | TooLong | TooShort | Refused:
+        """Send one prompt, trying again while the engine is busy or away. A document is sent as token ids.
 
         Raises:
             UnavailableError: it stayed so for all tries, or the key is wrong.
         """
-        limits = {"model": self.model, "max_tokens": self._max_tokens, "temperature": 0.0}
-        body = msgspec.json.encode({**prompt.body, **limits})
+        body = prompt.body
+        if isinstance(prompt, Document):
+            tokens = await self._tokens_of(prompt)
+            if not isinstance(tokens, list):
+                return tokens
+            body = {**body, "prompt": tokens}
+        limits = {"max_tokens": self._max_tokens, "temperature": 0.0}
+        return outcome_of(*await self._post(prompt.path, {**body, **limits}))
+
+    async def tokenize(self, fields: dict[str, Any]) -> list[int] | Refused:
+        """Return the token ids that the engine makes of a text or of messages; `fields` are vLLM's for /tokenize.
+
+        Raises:
+            UnavailableError: as `send`.
+        """
+        status, text = await self._post(TOKENIZE_PATH, fields)
+        if status != 200:
+            return Refused(f"{TOKENIZE_PATH}: {_error_text(status, text)}")
+        try:
+            return msgspec.json.decode(text, type=_Tokenized).tokens
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            return Refused(f"{TOKENIZE_PATH}: {error}")
+
+    async def _tokens_of(self, document: Document) -> list[int] | TooShort | Refused:
+        tokens: list[int] | str | Refused = document.body["prompt"]
+        if isinstance(tokens, str):
+            tokens = await self.tokenize({"prompt": tokens, "add_special_tokens": False})
+        if isinstance(tokens, list) and len(tokens) < DOCUMENT_TOKENS_MIN:
+            return TooShort(f"document {document.id!r} has {len(tokens)} tokens; it needs {DOCUMENT_TOKENS_MIN}")
+        return tokens
+
+    async def _post(self, path: str, fields: dict[str, Any]) -> tuple[int, bytes]:
+        """Return status and body of an answer that is final."""
+        body = msgspec.json.encode({**fields, "model": self.model})
         for num_failures in range(1, self._backoff.num_tries + 1):
             retry_after = None
             try:
                 async with self._http.post(
-                    self.url + prompt.path, data=body, headers={"Content-Type": "application/json"}
+                    self.url + path, data=body, headers={"Content-Type": "application/json"}
                 ) as reply:
                     text = await reply.read()
                     if reply.status not in BUSY_STATUSES:
                         self._check_key(reply.status)
-                        return outcome_of(reply.status, text)
+                        return reply.status, text
                     reason, retry_after = _error_text(reply.status, text), reply.headers.get("Retry-After")
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as error:
                 reason = str(error) or type(error).__name__
@@ -150,6 +192,10 @@ class Engine:
     def _check_key(status: int) -> None:
         if status in (401, 403):
             raise UnavailableError(f"the engine wants its API key: set {API_KEY_VARIABLE}")
+
+
+class _Tokenized(msgspec.Struct, frozen=True):
+    tokens: list[int]
 
 
 def outcome_of(status: int, text: bytes) -> Sent | TooLong | Refused:

@@ -1,14 +1,15 @@
 """The prompts of `cachetier warm`: files, folders, JSONL and standard input as one stream of requests.
 
 Everything here is a plain generator: one prompt is in memory at a time. What cannot be a prompt becomes a `Rejected`
-value in the same stream, so that one bad line does not end a run of a million.
+value in the same stream, so that one bad line does not end a run of a million. What a text or a line becomes is said by
+a `Reading`: here that of plain prompts, in `warm_documents` that of documents.
 """
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import xxhash
@@ -65,6 +66,19 @@ class Rejected:
     is_empty: bool = False
 
 
+class Reading(NamedTuple):
+    """What the inputs stand for.
+
+    Attributes:
+        of_text: makes a request of a file's text, given where it stands, its name (the path as given, or relative to
+            the folder that was given) and the text.
+        of_line: makes one of a line of JSONL, given the line and where it stands.
+    """
+
+    of_text: Callable[[str, str, str], Prompt | Rejected]
+    of_line: Callable[[bytes, str], Prompt | Rejected]
+
+
 def check_inputs(inputs: Sequence[str]) -> None:
     """Refuse inputs that do not exist before anything is sent.
 
@@ -78,15 +92,25 @@ def check_inputs(inputs: Sequence[str]) -> None:
             raise ConfigError(f"{name}: no such file or folder")
 
 
-def read_prompts(inputs: Sequence[str]) -> Iterator[Prompt | Rejected]:
-    """Yield the prompts of `inputs` in order: folders sorted by name, files line by line. Blocks on standard input."""
+def read_inputs(inputs: Sequence[str], reading: Reading, *, is_jsonl: bool = False) -> Iterator[Prompt | Rejected]:
+    """Yield what `inputs` hold in order: folders sorted by name, files line by line. Blocks on standard input.
+
+    With `is_jsonl` every file is JSONL, whatever its name.
+    """
     for name in inputs:
         if name == STDIN:
-            yield from _read_jsonl(0, "stdin")
+            yield from _read_jsonl(0, "stdin", reading)
         elif os.path.isdir(name):
-            yield from _read_folder(name)
+            yield from _read_folder(name, reading)
+        elif is_jsonl or name.endswith(JSONL_SUFFIXES):
+            yield from _read_jsonl(name, name, reading)
         else:
-            yield from _read_file(name)
+            yield _read_text(name, name, reading)
+
+
+def prompt_of_text(source: str, _: str, text: str) -> Prompt:
+    """Turn a text into a prompt."""
+    return Prompt(source, COMPLETIONS_PATH, {"prompt": text})
 
 
 def parse_line(text: bytes, source: str) -> Prompt | Rejected:
@@ -107,35 +131,32 @@ def parse_line(text: bytes, source: str) -> Prompt | Rejected:
     return Prompt(source, path, {key: content, **salt})
 
 
-def _read_folder(folder: str) -> Iterator[Prompt | Rejected]:
+PROMPTS = Reading(prompt_of_text, parse_line)
+
+
+def _read_folder(folder: str, reading: Reading) -> Iterator[Prompt | Rejected]:
     is_empty = True
     for parent, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             if name.endswith(TEXT_SUFFIXES):
                 is_empty = False
-                yield _read_text(os.path.join(parent, name))
+                path = os.path.join(parent, name)
+                yield _read_text(path, os.path.relpath(path, folder), reading)
     if is_empty:
         yield Rejected(folder, f"the folder holds no {' or '.join('*' + suffix for suffix in TEXT_SUFFIXES)}")
 
 
-def _read_file(name: str) -> Iterator[Prompt | Rejected]:
-    if name.endswith(JSONL_SUFFIXES):
-        yield from _read_jsonl(name, name)
-    else:
-        yield _read_text(name)
-
-
-def _read_text(name: str) -> Prompt | Rejected:
+def _read_text(path: str, name: str, reading: Reading) -> Prompt | Rejected:
     try:
-        text = Path(name).read_text("utf-8")
+        text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        return Rejected(name, str(error))
-    return Prompt(name, COMPLETIONS_PATH, {"prompt": text}) if text else Rejected(name, "empty", is_empty=True)
+        return Rejected(path, str(error))
+    return reading.of_text(path, name, text) if text else Rejected(path, "empty", is_empty=True)
 
 
-def _read_jsonl(file: str | int, name: str) -> Iterator[Prompt | Rejected]:
-    """Yield the prompts of a JSONL file or file descriptor.
+def _read_jsonl(file: str | int, name: str, reading: Reading) -> Iterator[Prompt | Rejected]:
+    """Yield what the lines of a JSONL file or file descriptor hold.
 
     Standard input is opened by descriptor: a thread that waits inside sys.stdin would abort the interpreter's exit.
     """
@@ -143,6 +164,6 @@ def _read_jsonl(file: str | int, name: str) -> Iterator[Prompt | Rejected]:
         with open(file, "rb", closefd=file != 0) as lines:
             for number, text in enumerate(lines, start=1):
                 if text.strip():
-                    yield parse_line(text, f"{name}:{number}")
+                    yield reading.of_line(text, f"{name}:{number}")
     except OSError as error:
         yield Rejected(name, str(error))

@@ -112,11 +112,12 @@ class TierCounters:
 
 @dataclasses.dataclass(slots=True)
 class Tally:
-    """Prompts by what became of them, and tokens of those that were sent."""
+    """Prompts (or documents) by what became of them, and tokens of those that were sent."""
 
     num_sent: int = 0
     num_resumed: int = 0
     num_too_long: int = 0
+    num_too_short: int = 0
     num_empty: int = 0
     num_failed: int = 0
     num_tokens: int = 0
@@ -125,12 +126,14 @@ class Tally:
 class Progress:
     """A tally with a bar on standard error; without a terminal only failures and the summary are printed."""
 
-    def __init__(self, tier: TierCounters | None) -> None:
+    def __init__(self, tier: TierCounters | None, noun: str) -> None:
+        """`noun` says what is sent, in the plural."""
         self.tally = Tally()
+        self._noun = noun
         self._tier = tier
         self._started_at = time.monotonic()
         self._num_reasons = 0
-        self._bar = tqdm(desc="warm", unit=" prompts", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._bar = tqdm(desc="warm", unit=f" {noun}", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def advance(self) -> None:
         """Show that one prompt more was dealt with."""
@@ -153,7 +156,9 @@ class Progress:
         """Return the result in a few lines."""
         tally, seconds = self.tally, time.monotonic() - self._started_at
         rate = tally.num_tokens / seconds if seconds else 0.0
-        lines = [f"sent {tally.num_sent} prompts, {tally.num_tokens} tokens, in {seconds:.1f} s ({rate:.0f} tokens/s)"]
+        lines = [
+            f"sent {tally.num_sent} {self._noun}, {tally.num_tokens} tokens, in {seconds:.1f} s ({rate:.0f} tokens/s)"
+        ]
         if self._tier:
             gained = self._tier.gained
             hit = gained.hit
@@ -162,6 +167,7 @@ class Progress:
         skipped = {
             "sent by an earlier run or twice in the input": tally.num_resumed,
             "longer than the model's context": tally.num_too_long,
+            "too short to be a document": tally.num_too_short,
             "empty": tally.num_empty,
         }
         lines += [f"skipped {count}: {reason}" for reason, count in skipped.items() if count]
@@ -174,7 +180,7 @@ class Progress:
         if self._tier:
             hit = self._tier.gained.hit
             figures |= {"stored": _short(self._tier.gained.stored), "hit": _short(hit.total)}
-        num_skipped = tally.num_resumed + tally.num_too_long + tally.num_empty
+        num_skipped = tally.num_resumed + tally.num_too_long + tally.num_too_short + tally.num_empty
         figures |= {"skipped": str(num_skipped)} if num_skipped else {}
         return figures | ({"failed": str(tally.num_failed)} if tally.num_failed else {})
 

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 
 import xxhash
 
-from cachetier.cli.warm_engine import Engine, Refused, Sent, TooLong
+from cachetier.cli.warm_documents import DocumentReader
+from cachetier.cli.warm_engine import Engine, Refused, Sent, TooLong, TooShort
 from cachetier.cli.warm_feed import PromptFeed
-from cachetier.cli.warm_input import STDIN, Prompt, Rejected, check_inputs, read_prompts
+from cachetier.cli.warm_input import PROMPTS, STDIN, Prompt, Rejected, check_inputs, read_inputs
 from cachetier.cli.warm_journal import Journal
 from cachetier.cli.warm_progress import REFRESH_S, Progress, TierCounters
 
@@ -27,10 +28,11 @@ def warm_up(args: argparse.Namespace) -> int:
     return asyncio.run(_warm_up(args))
 
 
-def default_journal(url: str, model: str, inputs: list[str]) -> str:
-    """Return the journal of a run that names none: one for each engine, model and list of inputs."""
+def default_journal(url: str, model: str, inputs: list[str], *, are_documents: bool = False) -> str:
+    """Return the journal of a run that names none: one for each engine, model, kind and list of inputs."""
     places = [name if name == STDIN else os.path.realpath(name) for name in inputs]
-    name = xxhash.xxh3_128_hexdigest("\n".join([url, model, *places]).encode())
+    kind = ["documents"] if are_documents else []
+    name = xxhash.xxh3_128_hexdigest("\n".join([url, model, *places, *kind]).encode())
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return os.path.join(state, "cachetier", f"warm-{name}.journal")
 
@@ -62,13 +64,15 @@ async def _warm_up(args: argparse.Namespace) -> int:
         model = await engine.choose_model(args.model)
         if tier:
             await tier.start()
-        path = args.journal or default_journal(engine.url, model, args.inputs)
+        path = args.journal or default_journal(engine.url, model, args.inputs, are_documents=args.document)
         journal = Journal(path, resume=not args.no_resume)
-        warmup = WarmUp(engine, journal, Progress(tier), tier)
+        progress = Progress(tier, "documents" if args.document else "prompts")
+        warmup = WarmUp(engine, journal, progress, tier)
+        reading = DocumentReader().reading() if args.document else PROMPTS
         is_complete = False
         try:
             with _interrupts(warmup.stop):
-                await warmup.send_all(read_prompts(args.inputs), args.concurrency)
+                await warmup.send_all(read_inputs(args.inputs, reading, is_jsonl=args.jsonl), args.concurrency)
             is_complete = not warmup.is_interrupted and not warmup.progress.tally.num_failed
         finally:
             journal.close(remove=is_complete and not args.journal)
@@ -153,6 +157,9 @@ class WarmUp:
                 tally.num_tokens += num_tokens
             case TooLong(reason):
                 tally.num_too_long += 1
+                self.progress.explain(item.source, reason)
+            case TooShort(reason):
+                tally.num_too_short += 1
                 self.progress.explain(item.source, reason)
             case Refused(reason):
                 tally.num_failed += 1

@@ -20,6 +20,8 @@ class FakeEngine:
         replies: statuses to answer the next prompts with instead of computing them.
         headers: of those answers.
         requests: path and body of every prompt that was computed, in order.
+        num_tokenized: texts that it was asked to turn into tokens.
+        tokenize_replies: statuses to answer the next of these with.
         most_in_flight: the most prompts there were at once.
     """
 
@@ -32,6 +34,8 @@ class FakeEngine:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.most_in_flight = 0
         self.num_connections_dropped = 0
+        self.num_tokenized = 0
+        self.tokenize_replies: list[int] = []
         self.url = ""
         self.socket = ""
         self.counters = {"stored": 0, "hit": {"host": 0, "disk": 0}}
@@ -59,6 +63,17 @@ class FakeEngine:
         finally:
             with self._lock:
                 self._in_flight -= 1
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """Tokens are the numbers of characters; a special token 1 stands before a text unless it is not wanted."""
+        body = await request.json()
+        self.num_tokenized += 1
+        if self.tokenize_replies:
+            return web.json_response({"error": {"message": "busy"}}, status=self.tokenize_replies.pop(0))
+        text = body["prompt"] if "prompt" in body else "".join(f"<{m['content']}>" for m in body["messages"])
+        special = [1] if "prompt" in body and body.get("add_special_tokens", True) else []
+        tokens = [*special, *map(ord, text)]
+        return web.json_response({"count": len(tokens), "max_model_len": MAX_MODEL_LEN, "tokens": tokens})
 
     async def stats(self, _: web.Request) -> web.Response:
         return web.json_response({"tokens": {"queried": 1, **self.counters}, "chunks": 3})
@@ -95,6 +110,7 @@ def running(engine: FakeEngine, socket: str = "") -> Iterator[FakeEngine]:
         app = web.Application()
         app.router.add_get("/v1/models", engine.list_models)
         app.router.add_post("/v1/completions", engine.complete)
+        app.router.add_post("/tokenize", engine.tokenize)
         app.router.add_post("/v1/chat/completions", engine.complete)
         app.router.add_get("/v1/stats", engine.stats)
         runners.append(web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,19 @@ from hypothesis import strategies as st
 from cachetier.cli.warm_input import (
     CHAT_PATH,
     COMPLETIONS_PATH,
+    PROMPTS,
     Prompt,
     Rejected,
     check_inputs,
     parse_line,
-    read_prompts,
+    read_inputs,
 )
 from cachetier.core.errors import ConfigError
+
+
+def read_prompts(inputs: list[str]) -> Iterator[Prompt | Rejected]:
+    return read_inputs(inputs, PROMPTS)
+
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
