@@ -131,6 +131,9 @@ class DocumentInfo(Message, frozen=True):
         host_chunks: how many of them host memory holds.
         disk_chunks: how many of them the disk holds; a chunk can be in both.
         registered_at_s: seconds since 1970.
+        namespace: whose KV it is.
+        fingerprint: see `RegisterDocument`.
+        first_tokens: its first chunk, little-endian int32: with it one can look for the document without a fingerprint.
     """
 
     document: str
@@ -140,6 +143,9 @@ class DocumentInfo(Message, frozen=True):
     host_chunks: int
     disk_chunks: int
     registered_at_s: float
+    namespace: bytes
+    fingerprint: int
+    first_tokens: bytes
 
 
 class ListDocumentsReply(Message, frozen=True):

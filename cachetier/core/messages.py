@@ -78,6 +78,17 @@ class RegisterNamespaceReply(Message, frozen=True):
     namespace: bytes
 
 
+class NamespaceInfo(Message, frozen=True):
+    """A known namespace, as `GET /v1/namespaces` lists them in JSON; the one registered last is the last.
+
+    Attributes:
+        namespace: its id, hexadecimal.
+    """
+
+    namespace: str
+    identity: ModelIdentity
+
+
 class Match(Message, frozen=True):
     """Ask how many leading chunks of a prompt are held, and lease them.
 
