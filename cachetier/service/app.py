@@ -82,6 +82,7 @@ class Service:
             app.router.add_post(PATH_OF[kind], self._message_handler(kind, call))
         app.router.add_get(f"/v{API_VERSION}/session/{{session:[0-9]{{1,20}}}}/watch", self._watch)
         app.router.add_get(f"/v{API_VERSION}/stats", self._stats)
+        app.router.add_get(f"/v{API_VERSION}/namespaces", self._namespaces)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
@@ -116,6 +117,9 @@ class Service:
 
     async def _stats(self, _: web.Request) -> web.Response:
         return web.Response(body=msgspec.json.encode(self.store.stats()), content_type="application/json")
+
+    async def _namespaces(self, _: web.Request) -> web.Response:
+        return web.Response(body=msgspec.json.encode(self.store.namespaces()), content_type="application/json")
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})

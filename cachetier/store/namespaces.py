@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import ModelIdentity, NamespaceId, namespace_of
 from cachetier.core.layout import KVLayout, Shard, frame_bytes
+from cachetier.core.messages import NamespaceInfo
 from cachetier.storage.arena import Arena
 from cachetier.store.chunk import Tiling
 
@@ -90,6 +91,10 @@ class NamespaceTable:
         if known is None:
             raise ProtocolError(f"namespace {namespace[:16].hex()} is not registered", status=404)
         return known
+
+    def infos(self) -> list[NamespaceInfo]:
+        """Describe all of them, the one registered last at the end."""
+        return [NamespaceInfo(namespace=known.id.hex(), identity=known.identity) for known in self._known.values()]
 
     def recall(self, identity: ModelIdentity, layouts: list[KVLayout]) -> None:
         """Register what the data directory remembers; what this version cannot serve is left out."""

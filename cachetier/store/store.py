@@ -22,6 +22,7 @@ from cachetier.core.messages import (
     Invalidate,
     Match,
     MatchReply,
+    NamespaceInfo,
     OpenSession,
     OpenSessionReply,
     ReadsDirectly,
@@ -166,6 +167,11 @@ class Store:
             if is_new and self._flusher is not None:
                 self._flusher.remember(namespace)
         return RegisterNamespaceReply(namespace=namespace.id)
+
+    def namespaces(self) -> list[NamespaceInfo]:
+        """Describe the known models, the one registered last at the end."""
+        with self._books.lock:
+            return self._books.namespaces.infos()
 
     def match(self, message: Match) -> MatchReply:
         """Say how many leading chunks of a prompt are held and lease them; start reading those that are on disk.
