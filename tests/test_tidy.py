@@ -40,7 +40,7 @@ ALLOWED = {
 # Heavy dependencies, and the only places that import them.
 OWNERS = {
     "aiohttp": ("cachetier.service", "cachetier.cli"),
-    "vllm": ("cachetier_connector",),
+    "vllm": ("cachetier_connector", "cachetier_blend.blend_pass"),
     "kvikio": ("cachetier_connector",),
     "torch": ("cachetier_connector", "cachetier_blend"),
     "triton": ("cachetier_connector.cuda",),

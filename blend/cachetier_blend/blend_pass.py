@@ -25,12 +25,12 @@ class PassRun(NamedTuple):
     """Consecutive tokens of one prompt to compute.
 
     Attributes:
-        tokens: their ids.
+        tokens: their ids, a sequence or an array of int32.
         start: position of the first.
         block_ids: the request's block table from its first block on.
     """
 
-    tokens: Sequence[int]
+    tokens: Any
     start: int
     block_ids: Sequence[int]
 
@@ -59,6 +59,11 @@ class BlendPass:
         self._attention: Mapping[str, Any] = vllm_config.compilation_config.static_forward_context
         backend = self._attention[self._layers[0]].get_attn_backend()
         self._builder = backend.get_builder_cls()(spec, self._layers, vllm_config, self._device)
+
+    @property
+    def scale(self) -> float:
+        """What the attention's products of queries and keys are multiplied by."""
+        return float(self._attention[self._layers[0]].impl.scale)
 
     def compute(self, runs: Sequence[PassRun], *, shift: int = 0) -> torch.Tensor:
         """Compute the KV of `runs`; everything before each run in its blocks is visible to it.

@@ -114,6 +114,19 @@ class ConnectorConfig:
         "gpu_memory_utilization must leave room for it; 0: no pool (GPU engines)",
         size=True,
     )
+    blend: str = setting(
+        "off",
+        "reuse registered documents in the middle of prompts, whose answers are then approximate: off, request (only "
+        "for requests that ask for it) or always",
+        choices=("off", "request", "always"),
+    )
+    blend_select: str = setting(
+        "link",
+        "which tokens of reused documents are computed again: none, link (their first 16) or query (also those that "
+        "the prompt's last tokens attend to)",
+        choices=("none", "link", "query"),
+    )
+    blend_budget: float = setting(0.15, "query: the share of the reused tokens that is computed again, 0 to 1")
 
     def __post_init__(self) -> None:
         if self.server and not self.server.startswith("unix:"):
@@ -128,6 +141,8 @@ class ConnectorConfig:
         _at_least("device_staging_bytes", self.device_staging_bytes, MIB)
         if self.gpu_bytes:
             _at_least("gpu_bytes", self.gpu_bytes, MIB, "or 0 for no pool")
+        if not 0 <= self.blend_budget <= 1:
+            raise ConfigError(f"blend_budget is {self.blend_budget}; it must be between 0 and 1")
 
 
 Config = TypeVar("Config", ServerConfig, ConnectorConfig)

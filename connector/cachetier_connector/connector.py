@@ -54,16 +54,32 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     Attributes:
         step: number of the step that ran.
         load_s: how long the loads took that ended meanwhile, by request.
+        parts: by request that is blended and number of the part, up to which token each rank loaded it, if it did so
+            meanwhile.
+        computed: how many tokens blend passes computed in the step, by request.
+        refusal: why the worker blends nothing, once it knows.
     """
 
-    def __init__(self, step: int, load_s: dict[str, float]) -> None:
-        self.step, self.load_s = step, load_s
+    def __init__(
+        self,
+        step: int,
+        load_s: dict[str, float],
+        parts: dict[str, dict[int, list[int]]],
+        computed: dict[str, int],
+        refusal: str,
+    ) -> None:
+        self.step, self.load_s, self.parts, self.computed, self.refusal = step, load_s, parts, computed, refusal
 
     def aggregate(self, other: "KVConnectorWorkerMetadata") -> "StepReport":
-        """Return what two ranks tell: a load is as slow as its slowest rank."""
+        """Return what two ranks tell: a load is as slow as its slowest rank, and all compute the same."""
         assert isinstance(other, StepReport)
         slowest = {name: max(seconds, other.load_s.get(name, 0.0)) for name, seconds in self.load_s.items()}
-        return StepReport(self.step, other.load_s | slowest)
+        parts = {name: dict(ends_of) for name, ends_of in other.parts.items()}
+        for name, ends_of in self.parts.items():
+            merged = parts.setdefault(name, {})
+            merged.update({part: ends + merged.get(part, []) for part, ends in ends_of.items()})
+        refusal = self.refusal or other.refusal
+        return StepReport(self.step, other.load_s | slowest, parts, other.computed | self.computed, refusal)
 
 
 class PrivateServer:
@@ -140,6 +156,7 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
         report = connector_output.kv_connector_worker_meta
         if report is not None:
             self._scheduling.learn(report.step, report.load_s)
+            self._scheduling.learn_of_blends(report.parts, report.computed, report.refusal)
         self._scheduling.update_from_workers(
             connector_output.finished_recving or (), connector_output.invalid_block_ids or set()
         )
@@ -158,7 +175,8 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # Worker half.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker = WorkerHalf(self._facts, self._vllm_config, kv_caches)
+        group = self._kv_cache_config.kv_cache_groups[0]
+        self._worker = WorkerHalf(self._facts, self._vllm_config, kv_caches, group.kv_cache_spec)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         assert isinstance(kv_connector_metadata, StepMetadata)
@@ -174,8 +192,11 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._working.take_released(), self._working.take_finished_loads()
 
     def build_connector_worker_meta(self) -> StepReport | None:
-        step, load_s = self._plan.step, self._working.take_load_seconds()
-        return StepReport(step, load_s) if step or load_s else None
+        step, working = self._plan.step, self._working
+        load_s, parts, computed = working.take_load_seconds(), working.take_parts(), working.take_computed()
+        refusal = working.take_refusal()
+        told = step or load_s or parts or computed or refusal
+        return StepReport(step, load_s, parts, computed, refusal) if told else None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._working.take_bad_blocks()

@@ -10,7 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from cachetier.client import ArenaView
+from cachetier_blend.rotation import Rotary
 from cachetier_connector.plan import ChunkSource, LoadOp
 
 
@@ -74,7 +77,13 @@ class LoadRun(ABC):
 
 
 class CopyEngine(ABC):
-    """Moves one rank's KV between its paged blocks and the arena."""
+    """Moves one rank's KV between its paged blocks and the arena.
+
+    Attributes:
+        rotary: how the model rotates keys; set before the first load that shifts chunks. None: such a load fails.
+    """
+
+    rotary: Rotary | None = None
 
     @property
     @abstractmethod
@@ -165,6 +174,13 @@ class CopyEngine(ABC):
     @abstractmethod
     def open_load(self, arena: ArenaView, load: LoadOp, fence: Any) -> LoadRun:
         """Start to carry out `load` from `arena` after `fence`. A load thread; any number of runs at the same time."""
+
+    @abstractmethod
+    def read_keys(self, layer: int, block_ids: Sequence[int], num_tokens: int) -> torch.Tensor:
+        """Return the K rows of a request's first tokens, `[heads, num_tokens, head_size]`, on the caches' device.
+
+        The worker's main thread; in the order of the engine's stream.
+        """
 
     @abstractmethod
     def stop(self) -> None:

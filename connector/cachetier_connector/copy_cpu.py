@@ -14,6 +14,7 @@ from cachetier.client import ArenaView
 from cachetier.core.checksum import checksum_of, page_digests
 from cachetier.core.errors import ConfigError
 from cachetier.core.layout import KVLayout, Shard, digests_offset, frame_bytes
+from cachetier_blend.rotation import rotate
 from cachetier_connector.copy_base import CopyEngine, LoadRun
 from cachetier_connector.plan import ChunkSource, LoadOp
 from cachetier_connector.shard_reader import ShardReader
@@ -154,7 +155,7 @@ class CpuCopyEngine(CopyEngine):
             tuple(_Rows(cache, half, offsets) for half, offsets in enumerate(packing)) for cache in integers
         ]
         self._layout, self._shard = layout, shard
-        self._dtype = integers[0].dtype
+        self._dtype, self._kv_dtype = integers[0].dtype, caches[0].dtype
         num_heads, block_tokens, width = integers[0].shape[1:]
         self._num_heads: int = int(num_heads)
         self._block_tokens: int = int(block_tokens)
@@ -197,6 +198,9 @@ class CpuCopyEngine(CopyEngine):
     def open_load(self, arena: ArenaView, load: LoadOp, fence: None) -> "CpuLoadRun":
         return CpuLoadRun(self, self._layout, self._shard, arena, load)
 
+    def read_keys(self, layer: int, block_ids: Sequence[int], num_tokens: int) -> torch.Tensor:
+        return self._layers[layer][0].read(torch.tensor(block_ids))[:, :num_tokens].view(self._kv_dtype)
+
     def stop(self) -> None:
         """Nothing is held."""
 
@@ -237,6 +241,12 @@ class CpuCopyEngine(CopyEngine):
                 for half, paged in enumerate(halves):
                     paged.write(piece, part[:, layer, :, half])
 
+    def rotate(self, shards: torch.Tensor, chunk_tokens: int, shift: int) -> None:
+        """Turn the K rows of `shards`, uint8 `[num_chunks, shard_bytes]`, into those of tokens `shift` further on."""
+        assert self.rotary is not None, "chunks are only shifted once it is known how keys are rotated"
+        keys = self._as_rows(shards, chunk_tokens)[..., 0, :]
+        keys.copy_(as_integers(rotate(keys.view(self._kv_dtype), shift, self.rotary)))
+
     def _as_rows(self, shards: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
         """Return a view of `shards`: `[chunks, heads, layers, tokens, 2, head_size]`, integers."""
         return shards.view(self._dtype).view(
@@ -263,7 +273,9 @@ class CpuLoadRun(LoadRun):
         load = self._load
         shards = torch.empty(len(group), self._engine.shard_bytes(load.chunk_tokens), dtype=torch.uint8)
         num_good = self._read(group, shards)
-        group_start = (load.first_chunk + self._num_good) * load.chunk_tokens
+        if load.shift:
+            self._engine.rotate(shards[:num_good], load.chunk_tokens, load.shift)
+        group_start = (load.first_chunk + self._num_good) * load.chunk_tokens + load.shift
         start, end = max(load.start, group_start), min(load.end, group_start + num_good * load.chunk_tokens)
         if end > start:
             self._engine.scatter(shards, load.chunk_tokens, start - group_start, load.block_ids, start, end - start)

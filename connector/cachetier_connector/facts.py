@@ -37,6 +37,9 @@ class EngineFacts:
         layout: shape of its KV cache group over the whole model.
         tiling: how it cuts a chunk into shards.
         device: type of the device that its KV caches lie on.
+        num_workers: ranks of the engine.
+        pass_tokens_max, pass_runs_max: most tokens, and most sequences, of one forward pass.
+        blend_refusal: why prompts cannot be blended; empty: nothing in the configuration speaks against it.
     """
 
     engine: str
@@ -47,6 +50,10 @@ class EngineFacts:
     layout: KVLayout
     tiling: list[Shard]
     device: str
+    num_workers: int
+    pass_tokens_max: int
+    pass_runs_max: int
+    blend_refusal: str
 
     @property
     def keeps_blocks(self) -> bool:
@@ -78,6 +85,10 @@ def read_facts(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> E
         layout=KVLayout(num_layers=num_layers, num_kv_heads=num_kv_heads, row_bytes=row_bytes),
         tiling=tiling_for(num_layers, num_kv_heads, parallel.tensor_parallel_size, layer_ranges),
         device=str(vllm_config.device_config.device_type),
+        num_workers=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
+        pass_tokens_max=vllm_config.scheduler_config.max_num_batched_tokens,
+        pass_runs_max=vllm_config.scheduler_config.max_num_seqs,
+        blend_refusal=_blend_refusal(vllm_config, spec),
     )
 
 
@@ -120,6 +131,11 @@ def inputs_of(request: "Request") -> list[tuple[str, int, int]]:
         (str(feature.identifier), feature.mm_position.offset, feature.mm_position.length)
         for feature in getattr(request, "mm_features", None) or ()
     ]
+
+
+def is_plain_text(request: "Request") -> bool:
+    """Tell whether the model alone makes KV of the request's tokens: no adapter, and nothing but text."""
+    return request.lora_request is None and not inputs_of(request)
 
 
 def may_read(request: "Request") -> bool:
@@ -188,6 +204,21 @@ def _refuse_unsupported(vllm_config: "VllmConfig", spec: Any) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise ConfigError(f"cachetier cannot serve this model exactly: {reason}. Start vLLM without the connector.")
+
+
+def _blend_refusal(vllm_config: "VllmConfig", spec: Any) -> str:
+    """Return why the connector cannot have the model compute parts of a prompt out of turn, or cannot move its KV."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    reasons = {
+        "pipeline parallelism passes hidden states from engine step to engine step": (
+            parallel.pipeline_parallel_size > 1
+        ),
+        "data parallel ranks run their forward passes in step": parallel.data_parallel_size > 1,
+        "its KV are latents, whose rotation is not implemented": _is_mla(spec),
+        "speculative decoding keeps KV of a second model": vllm_config.speculative_config is not None,
+        "its positions have several dimensions": bool(getattr(model, "uses_mrope", False)),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 def _layer_ranges(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> list[tuple[int, int]]:

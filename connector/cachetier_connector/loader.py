@@ -76,6 +76,7 @@ class Loader:
         self._finished: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._seconds: dict[str, float] = {}
+        self._parts: dict[str, dict[int, int]] = {}
         self._loads: queue.SimpleQueue[Submitted | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"cachetier-loader-{number}", daemon=True)
@@ -92,7 +93,7 @@ class Loader:
     def take_finished(self, wait_s: float = 0.0) -> set[str]:
         """Return the requests whose loads ended since the last call; wait for the first if there are loads at all.
 
-        The worker's main thread.
+        Requests that are blended are not among them: see `take_parts`. The worker's main thread.
         """
         if wait_s and self._num_taken < self._num_submitted:
             self._has_finished.wait(wait_s)
@@ -101,6 +102,13 @@ class Loader:
             finished, self._finished = self._finished, set()
         self._num_taken += len(finished)
         return finished
+
+    def take_parts(self) -> dict[str, dict[int, int]]:
+        """Return up to which token each part of blended requests was filled that ended since the last call."""
+        with self._lock:
+            parts, self._parts = self._parts, {}
+        self._num_taken += sum(map(len, parts.values()))
+        return parts
 
     def take_bad_blocks(self) -> set[int]:
         """Return the blocks that loads could not fill, since the last call."""
@@ -132,12 +140,15 @@ class Loader:
                 log.exception("cachetier: loading request %s failed; it is computed instead", load.request_id)
                 end = load.start
             with self._lock:
+                self._has_finished.set()
+                self._seconds[load.request_id] = time.monotonic() - start_s
+                if load.part is not None:  # what is missing will be computed with the rest
+                    self._parts.setdefault(load.request_id, {})[load.part] = end
+                    continue
                 if end < load.end:
                     block_tokens = self._engine.block_tokens
                     self._bad_blocks.update(load.block_ids[end // block_tokens : -(-load.end // block_tokens)])
                 self._finished.add(load.request_id)
-                self._seconds[load.request_id] = time.monotonic() - start_s
-                self._has_finished.set()
 
     def _load(self, submitted: Submitted) -> int:
         """Carry out a load and report what it filled; return up to which token that worked."""
@@ -166,8 +177,8 @@ class Loader:
         if run.corrupt_key is not None:
             log.error("cachetier: a chunk does not match its checksum; dropping it and computing from there")
             self._report_corrupt(run.corrupt_key)
-        end = (load.first_chunk + num_good) * load.chunk_tokens
-        return min(load.end, end) if num_good else load.start
+        end = (load.first_chunk + num_good) * load.chunk_tokens + load.shift
+        return max(load.start, min(load.end, end)) if num_good else load.start
 
     def _log_times(self, num_good: int, load: LoadOp, since_s: float, start_s: float, pushed_s: float) -> None:
         end_s = time.monotonic()

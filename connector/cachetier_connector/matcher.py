@@ -18,11 +18,12 @@ import msgspec
 from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout
 from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, LeaseUse, Match, Release, Renew, Report, Trim
+from cachetier_connector.documents import Documents
 from cachetier_connector.facts import adapter_of, inputs_of
 from cachetier_connector.fingerprint import fingerprint_folder
 from cachetier_connector.link import ServerLink
-from cachetier_connector.plan import extras_of
-from cachetier_connector.requests import MatchTicket, TrackedRequest
+from cachetier_connector.plan import extras_of, tokens_to_bytes
+from cachetier_connector.requests import FoundDocument, MatchTicket, TrackedRequest
 
 MAX_JOBS = 4096
 IDLE_S = 0.1
@@ -55,6 +56,7 @@ class Matcher:
         self._link, self._identity, self._layout = link, identity, layout
         self._max_blocking_s, self._reads_pools = max_blocking_s, reads_pools
         self._release_s = max(RELEASE_TIMEOUT_S, max_blocking_s)
+        self._documents = Documents(link, max_blocking_s, reads_pools=reads_pools)
         self._jobs: queue.Queue[Callable[[], object]] = queue.Queue(MAX_JOBS)
         self._ticket_lock = threading.Lock()
         self._leased: dict[int, MatchTicket] = {}
@@ -76,12 +78,14 @@ class Matcher:
         return ticket
 
     def release(self, ticket: MatchTicket, used: Mapping[int, int] | None = None) -> None:
-        """Give back what `ticket` holds or will hold. Never blocks; idempotent.
+        """Give back what `ticket` holds or will hold, its documents included. Never blocks; idempotent.
 
         Args:
             ticket: of the match.
             used: how many tokens of it were used, by tier.
         """
+        for found in ticket.documents:
+            self.release(found.ticket)
         with self._ticket_lock:
             ticket.is_abandoned = True
             if ticket.reply is None or ticket.is_released:
@@ -108,6 +112,28 @@ class Matcher:
                 self._release_s,
             )
         )
+
+    def report_blend(self, num_loaded: int, num_computed: int) -> None:
+        """Count a blended request, and how many of its tokens came from documents and were computed by passes."""
+        self._submit(
+            lambda: self._link.call(
+                lambda session: Report(
+                    session=session,
+                    requests_blended=1,
+                    blend_loaded_tokens=num_loaded,
+                    blend_computed_tokens=num_computed,
+                ),
+                self._release_s,
+            )
+        )
+
+    def register_document(self, tracked: TrackedRequest, ticket: MatchTicket) -> None:
+        """Register the prompt of a request that has ended, and was matched by `ticket`, as a document. Never blocks."""
+        request = tracked.request
+        tokens, salt = tokens_to_bytes(request.prompt_token_ids), request.cache_salt or ""
+        if ticket.namespace:
+            args = (ticket.namespace, salt, tracked.wishes.document, tokens, ticket.chunk_tokens)
+            self._submit(lambda: self._documents.register(*args))
 
     def report_failed_load(self) -> None:
         """Count a load that did not bring all it promised."""
@@ -177,10 +203,28 @@ class Matcher:
                 ticket.reply, ticket.replied_s = reply, time.monotonic()
             if reply is not None and reply.lease:
                 self._leased[reply.lease] = ticket
+            if reply is not None and tracked.may_blend and not ticket.is_abandoned:
+                ticket.documents = self._find_documents(ticket, request.cache_salt or "")
         finally:
             ticket.done.set()
             if ticket.is_abandoned:
                 self.release(ticket)
+
+    def _find_documents(self, ticket: MatchTicket, salt: str) -> list[FoundDocument]:
+        assert ticket.reply is not None
+        found = []
+        start = ticket.reply.num_chunks * ticket.chunk_tokens
+        for run in self._documents.find(ticket.namespace, salt, ticket.tokens, start, ticket.chunk_tokens):
+            of_run = MatchTicket(
+                namespace=ticket.namespace,
+                chunk_tokens=ticket.chunk_tokens,
+                reply=run.match,
+                arena_path=ticket.arena_path,
+                instance=ticket.instance,
+            )
+            self._leased[run.match.lease] = of_run
+            found.append(FoundDocument(run.document, run.offset, of_run))
+        return found
 
     def _identity_for(self, adapter: tuple[str, str, int] | None) -> ModelIdentity | None:
         if adapter is None:

@@ -75,6 +75,8 @@ class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
         fill: what the commit of chunks that are copied to the own pool names, 0 when there are none.
         segments: the segment files that `chunks` refer to.
         patience_s: how long the load waits for frames that are still being filled, in all; None: as long as they come.
+        shift: position of a token in the prompt minus its position in the chain of `chunks`; K is rotated by it.
+        part: number among the loads of a request that is blended, None: it is not.
     """
 
     request_id: str
@@ -91,6 +93,8 @@ class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
     fill: int = 0
     segments: list[str] = []
     patience_s: float | None = None
+    shift: int = 0
+    part: int | None = None
 
 
 class StoreOp(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +121,45 @@ class StoreOp(msgspec.Struct, frozen=True, kw_only=True):
     block_ids: list[int]
 
 
+class Selection(msgspec.Struct, frozen=True, kw_only=True):
+    """Which tokens a blend pass is to choose itself, by the attention that the prompt's last tokens pay them.
+
+    Attributes:
+        loads: (start, end) of the loaded tokens to choose from.
+        budget: share of them to choose.
+        suffix_start: first of the tokens after the last document, up to the end of the pass's last run; they pay the
+            attention, and are computed again after the chosen ones.
+    """
+
+    loads: list[tuple[int, int]]
+    budget: float
+    suffix_start: int
+
+
+class BlendOp(msgspec.Struct, frozen=True, kw_only=True):
+    """Compute runs of one request whose loads have ended.
+
+    Attributes:
+        request_id: vLLM's id.
+        runs: (start, end) of each, ascending; a few steps may share a request's runs.
+        first_token: position of the first of `tokens`.
+        tokens: of the prompt, as far as the op needs them, little-endian int32.
+        block_ids: the request's block table from its first block on.
+        loaded_from: first token that was loaded or computed for it; what a failure spoils begins here.
+        is_last: with this op the request's KV is complete.
+        select: what to compute besides, once `runs` are computed.
+    """
+
+    request_id: str
+    runs: list[tuple[int, int]]
+    first_token: int
+    tokens: bytes
+    block_ids: list[int]
+    loaded_from: int
+    is_last: bool
+    select: Selection | None = None
+
+
 class StepPlan(msgspec.Struct, kw_only=True):
     """What the workers do in one step.
 
@@ -126,6 +169,7 @@ class StepPlan(msgspec.Struct, kw_only=True):
         stores_before: from blocks that vLLM has already taken back: before the step's forward pass overwrites them.
         stores_after: from blocks that this step's forward pass completes.
         loads: started in the background.
+        blends: computed in this step, together, on all ranks in this order.
         preempted: requests whose blocks are others' from now on; no store that is still queued may read them.
         finished: requests whose chains are no longer needed.
         held: those of `finished` whose blocks vLLM keeps until every worker has reported that it reads them no more.
@@ -136,6 +180,7 @@ class StepPlan(msgspec.Struct, kw_only=True):
     stores_before: list[StoreOp] = []
     stores_after: list[StoreOp] = []
     loads: list[LoadOp] = []
+    blends: list[BlendOp] = []
     preempted: list[str] = []
     finished: list[str] = []
     held: list[str] = []

@@ -3,11 +3,12 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from cachetier.core.messages import MatchReply
+from cachetier_blend.plan import BlendPlan
 from cachetier_connector.break_even import Choice
+from cachetier_connector.wishes import Wishes
 
 
 @dataclasses.dataclass(slots=True)
@@ -25,6 +26,7 @@ class MatchTicket:
         arena_path, instance: the arena that the reply's frames lie in.
         is_abandoned: set by the scheduler thread: nothing will be loaded, a lease that still comes is to be given back.
         is_released: the lease was given back or has expired.
+        documents: what was found beyond the held prefix, if it was looked for, ascending.
     """
 
     since_s: float = dataclasses.field(default_factory=time.monotonic)
@@ -40,6 +42,15 @@ class MatchTicket:
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
     is_abandoned: bool = False
     is_released: bool = False
+    documents: "list[FoundDocument]" = dataclasses.field(default_factory=list)
+
+
+class FoundDocument(NamedTuple):
+    """A registered document in a prompt: its id, the prompt's token with which it begins, and what of it is held."""
+
+    document: str
+    offset: int
+    ticket: MatchTicket
 
 
 @dataclasses.dataclass(slots=True)
@@ -48,7 +59,8 @@ class TrackedRequest:
 
     Attributes:
         request: vLLM's.
-        may_load, may_store: what role, request and circumstances allow.
+        wishes: what the request asks of cachetier.
+        may_load, may_store, may_blend: what role, request and circumstances allow.
         ticket: the latest match, None before the first and when another is needed.
         block_ids: the block table as far as it is known.
         computed_end: tokens whose KV is computed once every step scheduled so far has run.
@@ -60,11 +72,15 @@ class TrackedRequest:
         failed_at: first token that the load under way could not bring, None while there is none.
         has_stores: chunks in the blocks that it has now were handed to the workers.
         is_finished: vLLM is done with it, except for a load under way.
+        blend: what is loaded and computed if the next or present load is a blend.
+        exact_end: KV from this token on may be approximate, and is not stored; None: all is exact.
     """
 
     request: Any
+    wishes: Wishes
     may_load: bool
     may_store: bool
+    may_blend: bool = False
     ticket: MatchTicket | None = None
     block_ids: list[int] = dataclasses.field(default_factory=list)
     computed_end: int = 0
@@ -77,24 +93,10 @@ class TrackedRequest:
     failed_at: int | None = None
     has_stores: bool = False
     is_finished: bool = False
+    blend: BlendPlan | None = None
+    exact_end: int | None = None
 
     @property
     def id(self) -> str:
         """vLLM's id of the request."""
         return str(self.request.request_id)
-
-
-def wishes_of(params: Mapping[str, Any] | None) -> tuple[bool, bool, str]:
-    """Return what `kv_transfer_params={"cachetier": {"load": ..., "store": ...}}` asks for.
-
-    Returns:
-        Whether to load, whether to store, and what is wrong with the parameters (empty if nothing).
-    """
-    wishes = (params or {}).get("cachetier") or {}
-    if not isinstance(wishes, Mapping):
-        return True, True, f'kv_transfer_params["cachetier"] is {wishes!r}, not an object'
-    unknown = sorted(set(wishes) - {"load", "store"})
-    load, store = wishes.get("load", True), wishes.get("store", True)
-    if unknown:
-        return bool(load), bool(store), f'unknown in kv_transfer_params["cachetier"]: {unknown}; allowed: load, store'
-    return bool(load), bool(store), ""

@@ -10,29 +10,23 @@ the blocks later than that, vLLM is asked to keep them until all workers have le
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from cachetier.core.keys import KEY_BYTES, TOKEN_BYTES, ModelIdentity
 from cachetier.core.messages import TIER_HOST
+from cachetier_connector.blend_schedule import BlendSchedule
 from cachetier_connector.break_even import BreakEven, Hit
 from cachetier_connector.facts import EngineFacts, is_addressable, may_read
 from cachetier_connector.link import ServerLink
+from cachetier_connector.load_ops import blend_loads, load_op, tiers_of_load
 from cachetier_connector.matcher import Matcher
-from cachetier_connector.plan import (
-    LoadOp,
-    StepPlan,
-    StoreOp,
-    chunks_to_load,
-    first_failed_token,
-    loadable_end,
-    split_by_tier,
-    tokens_to_bytes,
-)
+from cachetier_connector.plan import StepPlan, StoreOp, first_failed_token, loadable_end, tokens_to_bytes
 from cachetier_connector.prefill_rate import work_of
-from cachetier_connector.requests import MatchTicket, TrackedRequest, wishes_of
+from cachetier_connector.requests import MatchTicket, TrackedRequest
+from cachetier_connector.wishes import wishes_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -59,6 +53,7 @@ class SchedulerHalf:
         self._facts = facts
         self._requests: dict[str, TrackedRequest] = {}
         self._break_even, self._step = BreakEven(), 0
+        self._blends = BlendSchedule(facts)
         self._plan = StepPlan()
         self._may_wait = True
         self._socket_path = ""
@@ -89,13 +84,16 @@ class SchedulerHalf:
         """Start to match a request that has just arrived."""
         if not is_addressable(request):
             return
-        load, store, complaint = wishes_of(request.kv_transfer_params)
-        if complaint:
-            log.warning("cachetier: request %s: %s", request.request_id, complaint)
+        wishes = wishes_of(request.kv_transfer_params)
+        if wishes.complaint:
+            log.warning("cachetier: request %s: %s", request.request_id, wishes.complaint)
+        may_load = wishes.load and self._facts.loads and may_read(request)
         tracked = TrackedRequest(
             request=request,
-            may_load=load and self._facts.loads and may_read(request),
-            may_store=store and self._facts.stores,
+            wishes=wishes,
+            may_load=may_load,
+            may_store=wishes.store and self._facts.stores,
+            may_blend=may_load and self._blends.wants(request, wishes),
         )
         if tracked.may_load or tracked.may_store:
             self._requests[tracked.id] = tracked
@@ -115,10 +113,14 @@ class SchedulerHalf:
             self._matcher.release(ticket)
             tracked.may_load = False
             return 0, False
-        if ticket.reply is None or not ticket.reply.lease:
+        if ticket.reply is None:
             return 0, False
-        tracked.matched_from = num_computed_tokens
-        end = loadable_end(self._worth_loading(tracked, ticket), ticket.chunk_tokens, request.num_tokens)
+        tracked.matched_from, end = num_computed_tokens, 0
+        if ticket.reply.lease:
+            end = loadable_end(self._worth_loading(tracked, ticket), ticket.chunk_tokens, request.num_tokens)
+        tracked.blend = self._blends.plan(tracked, max(end, num_computed_tokens))
+        if tracked.blend is not None:
+            end = tracked.blend.end
         return (end - num_computed_tokens, True) if end > num_computed_tokens else (0, False)
 
     def _waited_for(self, ticket: MatchTicket) -> bool:
@@ -136,41 +138,29 @@ class SchedulerHalf:
             return
         ticket = tracked.ticket
         if not num_external_tokens:
+            tracked.blend = None
             if ticket is not None and tracked.may_load:
                 self._matcher.release(ticket)
             return
         assert ticket is not None
-        assert ticket.reply is not None
         start, end = tracked.matched_from, tracked.matched_from + num_external_tokens
-        first_chunk, chunks = chunks_to_load(ticket.reply, start, end, ticket.chunk_tokens)
         tracked.loading, tracked.failed_at, tracked.load_s = (start, end), None, 0.0
         tracked.planned_s = time.monotonic()
         tracked.block_ids, tracked.computed_end = list(block_ids), end
-        self._plan.loads.append(
-            LoadOp(
-                request_id=tracked.id,
-                start=start,
-                end=end,
-                chunk_tokens=ticket.chunk_tokens,
-                first_chunk=first_chunk,
-                chunks=chunks,
-                tilings=ticket.reply.tilings,
-                block_ids=tracked.block_ids,
-                arena_path=ticket.arena_path,
-                instance=ticket.instance,
-                pools=ticket.reply.pools,
-                fill=ticket.reply.fill,
-                segments=ticket.reply.segments,
-                patience_s=ticket.choice.patience_s if ticket.choice else None,
-            )
-        )
+        if tracked.blend is None:
+            self._plan.loads.append(load_op(tracked, ticket, start, end))
+            return
+        assert end == tracked.blend.end, "vLLM takes asynchronous loads whole or not at all"
+        loads = blend_loads(tracked, start)
+        self._plan.loads += loads
+        self._blends.begin(tracked, start, loads)
 
     def tiers_of(self, request: "Request") -> dict[int, int]:
         """Return how many tokens of the load just planned come from which tier."""
         tracked = self._requests.get(request.request_id)
-        if tracked is None or tracked.loading is None or tracked.ticket is None or tracked.ticket.reply is None:
+        if tracked is None or tracked.loading is None:
             return {}
-        return split_by_tier(tracked.ticket.reply, *tracked.loading, tracked.ticket.chunk_tokens)
+        return tiers_of_load(tracked, *tracked.loading)
 
     def build_plan(self, output: "SchedulerOutput") -> StepPlan:
         """Return what the workers do in this step, and start the next plan."""
@@ -179,6 +169,7 @@ class SchedulerHalf:
             tracked = self._requests.get(request_id)
             if tracked is not None and tracked.may_store:
                 self._plan.stores_after += self._stores(tracked, tracked.request.num_tokens)
+        self._plan.blends = self._blends.next_ops()
         if self._facts.keeps_blocks:  # all of them: one that ended since is not tracked any more
             self._plan.preempted = list(output.preempted_req_ids or ())
         plan, self._plan = self._plan, StepPlan()
@@ -186,7 +177,8 @@ class SchedulerHalf:
         if output.num_scheduled_tokens:
             self._step += 1
             plan.step = self._step
-            self._break_even.prefill.begin(self._step, work_of(output), time.monotonic())
+            if not plan.blends:  # else the step takes longer than its own work does
+                self._break_even.prefill.begin(self._step, work_of(output), time.monotonic())
         plan.socket_path = self._socket_path
         return plan
 
@@ -197,6 +189,18 @@ class SchedulerHalf:
         for request_id, seconds in load_s.items():
             if tracked := self._requests.get(request_id):
                 tracked.load_s = max(tracked.load_s, seconds)
+
+    def learn_of_blends(
+        self, parts: Mapping[str, Mapping[int, Sequence[int]]], computed: Mapping[str, int], refusal: str
+    ) -> None:
+        """Learn how far ranks are with blended requests: see `BlendSchedule.learn`; `refusal`: why they blend none."""
+        self._blends.refusal = self._blends.refusal or refusal
+        for tracked in self._blends.learn(parts, computed):
+            assert tracked.ticket is not None
+            assert tracked.loading is not None
+            if self._blends.failed(tracked):
+                self._matcher.report_failed_load()
+            self._matcher.release(tracked.ticket, tiers_of_load(tracked, *tracked.loading))
 
     def update_from_workers(self, finished_loading: Iterable[str], bad_blocks: set[int]) -> None:
         """Learn which loads ended, and which blocks they could not fill (perhaps in an earlier step)."""
@@ -222,6 +226,8 @@ class SchedulerHalf:
             # The last token was sampled but, as far as is certain here, not computed.
             self._plan.stores_before += self._stores(tracked, request.num_tokens - 1)
         must_keep = self._facts.keeps_blocks and tracked.has_stores and tracked.loading is None
+        if tracked.wishes.document and tracked.ticket is not None:
+            self._matcher.register_document(tracked, tracked.ticket)
         self._plan.finished.append(tracked.id)
         self._plan.held += [tracked.id] if must_keep else []
         if tracked.loading is None:
@@ -266,19 +272,24 @@ class SchedulerHalf:
         return ticket.choice.num_chunks
 
     def _end_load(self, tracked: TrackedRequest, start: int, end: int) -> None:
-        ticket, tracked.loading, tracked.loaded_s = tracked.ticket, None, time.monotonic()
+        ticket, tracked.loaded_s = tracked.ticket, time.monotonic()
         assert ticket is not None
         assert ticket.reply is not None
         if tracked.failed_at is not None:
             end = max(start, tracked.failed_at)
             tracked.may_load = False  # or the same load would be tried again
             self._matcher.report_failed_load()
-        tiers = split_by_tier(ticket.reply, start, end, ticket.chunk_tokens)
-        if tracked.failed_at is None and tiers.keys() == {TIER_HOST}:
+        tiers = tiers_of_load(tracked, start, end)
+        if tracked.blend is not None:
+            self._matcher.report_blend(*self._blends.end(tracked))
+            tracked.may_blend = False  # not again after a preemption: what follows it would depend on luck
+        elif tracked.failed_at is None and tiers.keys() == {TIER_HOST}:
             self._break_even.load.learn(end - start, tracked.load_s)
+        tracked.loading = tracked.blend = None
         self._matcher.release(ticket, tiers)
         if tracked.failed_at is not None:  # what was not there after all is worth storing
-            ticket.reply = msgspec.structs.replace(ticket.reply, num_chunks=end // ticket.chunk_tokens)
+            num_chunks = min(ticket.reply.num_chunks, end // ticket.chunk_tokens)
+            ticket.reply = msgspec.structs.replace(ticket.reply, num_chunks=num_chunks)
         if tracked.is_finished:
             self._forget(tracked)
 
@@ -313,7 +324,8 @@ class SchedulerHalf:
         ticket = tracked.ticket
         if ticket is None or not ticket.done.is_set() or ticket.reply is None:
             return []
-        end_chunk = min(num_known_tokens, tracked.computed_end) // ticket.chunk_tokens
+        exact_end = num_known_tokens if tracked.exact_end is None else tracked.exact_end
+        end_chunk = min(num_known_tokens, tracked.computed_end, exact_end) // ticket.chunk_tokens
         if end_chunk <= tracked.next_chunk:
             return []
         first = max(tracked.next_chunk, ticket.reply.num_chunks)

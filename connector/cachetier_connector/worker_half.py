@@ -6,12 +6,13 @@ chunks. Loading and storing proper happen on the threads of `Loader` and `Storer
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cachetier.client import expected_socket
 from cachetier_connector.arena_cache import ArenaCache
+from cachetier_connector.blender import Blender
 from cachetier_connector.copy_factory import make_copy_engine
 from cachetier_connector.facts import EngineFacts, layers_in_order, rank_of
 from cachetier_connector.link import ServerLink
@@ -31,18 +32,22 @@ log = logging.getLogger(__name__)
 class WorkerHalf:
     """Does what the plan says."""
 
-    def __init__(self, facts: EngineFacts, vllm_config: "VllmConfig", caches: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, facts: EngineFacts, vllm_config: "VllmConfig", caches: dict[str, torch.Tensor], spec: Any
+    ) -> None:
         """Start the threads.
 
         Args:
             facts: of the engine.
             vllm_config: of this worker.
             caches: paged blocks by layer name.
+            spec: vLLM's specification of their KV cache group.
 
         Raises:
             ConfigError: their layout is not what the model's configuration says.
         """
-        ordered = [caches[name] for name in layers_in_order(caches)]
+        layers = layers_in_order(caches)
+        ordered = [caches[name] for name in layers]
         number, self._is_storing = rank_of(vllm_config, facts.layout.num_kv_heads)
         shard = facts.tiling[number]
         self._engine = make_copy_engine(ordered, vllm_config, facts, shard, has_pool=self._is_storing)
@@ -71,6 +76,10 @@ class WorkerHalf:
             report_corrupt=self._storer.report_corrupt,
             report_filled=self._storer.commit_pool,
         )
+        self._blender: Blender | None = None
+        if facts.config.blend != "off" and not facts.blend_refusal:
+            self._blender = Blender(facts, vllm_config, spec, layers, self._engine)
+        self._refusal_to_tell = self._blender.refusal if self._blender else ""
 
     def before_forward(self, plan: StepPlan) -> None:
         """Take from blocks that the coming forward pass may overwrite, and see that nobody reads those of others."""
@@ -83,9 +92,12 @@ class WorkerHalf:
             self._storer.finish(plan.finished, plan.held)
 
     def start_loads(self, plan: StepPlan) -> None:
-        """Start the plan's loads in the background."""
+        """Start the plan's loads in the background, and compute what it blends."""
         for load in plan.loads:
             self._loader.submit(load)
+        if plan.blends:
+            assert self._blender is not None, "the scheduler half knows what workers refuse"
+            self._blender.carry_out(plan.blends)
 
     def after_forward(self, plan: StepPlan) -> None:
         """Take what the forward pass completed."""
@@ -96,11 +108,25 @@ class WorkerHalf:
         return self._storer.take_released()
 
     def take_finished_loads(self) -> set[str]:
-        """Return the requests whose loads ended since the last call, successfully or not.
+        """Return the requests whose loads ended since the last call, successfully or not, and blends with them.
 
         In a step without a forward pass, wait a moment for one: nothing else can make the engine go on.
         """
-        return self._loader.take_finished(IDLE_WAIT_S if self._is_idle else 0.0)
+        blended = self._blender.take_finished() if self._blender else set[str]()
+        return blended | self._loader.take_finished(IDLE_WAIT_S if self._is_idle and not blended else 0.0)
+
+    def take_parts(self) -> dict[str, dict[int, list[int]]]:
+        """Return up to which token this rank loaded the parts of blended requests that ended since the last call."""
+        return {name: {part: [end] for part, end in ends.items()} for name, ends in self._loader.take_parts().items()}
+
+    def take_computed(self) -> dict[str, int]:
+        """Return how many tokens blend passes computed since the last call, by request."""
+        return self._blender.take_computed() if self._blender else {}
+
+    def take_refusal(self) -> str:
+        """Return, once, why this worker blends nothing; empty: it does, or said so before."""
+        refusal, self._refusal_to_tell = self._refusal_to_tell, ""
+        return refusal
 
     def take_load_seconds(self) -> dict[str, float]:
         """Return how long the loads took that ended since the last call, by request."""
@@ -108,7 +134,7 @@ class WorkerHalf:
 
     def take_bad_blocks(self) -> set[int]:
         """Return the blocks that loads could not fill, since the last call."""
-        return self._loader.take_bad_blocks()
+        return self._loader.take_bad_blocks() | (self._blender.take_bad_blocks() if self._blender else set())
 
     def stop(self) -> None:
         """Store what is queued and end the threads."""

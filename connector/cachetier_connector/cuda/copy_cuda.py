@@ -71,7 +71,7 @@ class StagedCopyEngine(CopyEngine):
         _check_form(caches, layout, shard)
         device.bind_thread()
         self._device, self._layout, self._shard = device, layout, shard
-        self._block_tokens = int(caches[0].shape[-2])
+        self._caches, self._block_tokens = caches, int(caches[0].shape[-2])
         share = staging_bytes // (LOAD_SHARES + STORE_SHARES) // (NUM_SLOTS * PAGE_BYTES) * (NUM_SLOTS * PAGE_BYTES)
         memory = device.empty(share * (LOAD_SHARES + STORE_SHARES))
         self._load_memory = memory[: share * LOAD_SHARES]
@@ -156,6 +156,12 @@ class StagedCopyEngine(CopyEngine):
                 self._direct,
                 end,
             )
+
+    def read_keys(self, layer: int, block_ids: Sequence[int], num_tokens: int) -> torch.Tensor:
+        cache = self._caches[layer]
+        rows = cache[torch.tensor(block_ids, device=cache.device)][..., : cache.shape[-1] // 2]
+        keys = rows.transpose(0, 1).flatten(1, 2)[:, :num_tokens]
+        return keys.view(torch.float8_e4m3fn) if keys.dtype is torch.uint8 else keys
 
     def read_with(self, reader: DirectReader) -> bool:
         """Have `reader` read chunks that lie in segment files; False: there was no moment without a load.
