@@ -32,6 +32,7 @@ ALLOWED = {
         "cachetier.remote",
         "cachetier.service",
         "cachetier.client",
+        "cachetier_blend",
     ),
     "cachetier_blend": ("cachetier.core",),
     "cachetier_connector": ("cachetier.core", "cachetier.client", "cachetier_blend"),

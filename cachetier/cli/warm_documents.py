@@ -10,8 +10,7 @@ import dataclasses
 import msgspec
 
 from cachetier.cli.warm_input import COMPLETIONS_PATH, Prompt, Reading, Rejected
-
-ID_LENGTH_MAX = 256
+from cachetier.core.document_messages import DOCUMENT_ID_LENGTH_MAX
 
 
 class DocumentLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,8 +64,10 @@ class DocumentReader:
         return self._checked(source, given.id, content, given.cache_salt)
 
     def _checked(self, source: str, name: str, content: str | list[int], salt: str | None) -> Document | Rejected:
-        if not name or len(name) > ID_LENGTH_MAX or not name.isprintable():
-            return Rejected(source, f"the id {name[:40]!r} must have 1 to {ID_LENGTH_MAX} printable characters")
+        if not 1 <= len(name) <= DOCUMENT_ID_LENGTH_MAX or not name.isprintable():
+            return Rejected(
+                source, f"the id {name[:40]!r} must have 1 to {DOCUMENT_ID_LENGTH_MAX} printable characters"
+            )
         body = {"prompt": content, "kv_transfer_params": {"cachetier": {"document": name}}}
         salted = {"cache_salt": salt} if salt is not None else {}
         document = Document(source, COMPLETIONS_PATH, {**body, **salted}, name)

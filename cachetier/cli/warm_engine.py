@@ -15,10 +15,10 @@ import msgspec
 
 from cachetier.cli.warm_documents import Document
 from cachetier.cli.warm_input import Prompt
+from cachetier.core.document_messages import DOCUMENT_TOKENS_MIN
 from cachetier.core.errors import ConfigError, UnavailableError
 
 TOKENIZE_PATH = "/tokenize"  # vLLM's own, beside the OpenAI interface
-DOCUMENT_TOKENS_MIN = 128  # the server registers no shorter one: a hit of it would not be worth its loading
 API_KEY_VARIABLE = "VLLM_API_KEY"  # the variable from which `vllm serve` itself takes its key
 CONNECT_TIMEOUT_S = 10.0
 REPLY_TIMEOUT_S = 900.0  # without streaming nothing arrives before the whole prefill, queue included, is done
@@ -81,6 +81,9 @@ class Engine:
     """One OpenAI server and one model of it; use as an asynchronous context manager.
 
     Attributes:
+        model: the model's name on this server.
+        weights: the name or folder that the server was given for it (for the model under it, if it is an adapter).
+        adapter: its name, if it is a LoRA adapter.
         num_retries: tries beyond the first, of all prompts.
     """
 
@@ -89,7 +92,7 @@ class Engine:
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"--url is {url!r}; write http://HOST:PORT")
-        self.model = ""
+        self.model = self.weights = self.adapter = ""
         self.num_retries = 0
         self._max_tokens = max_tokens
         self._backoff = backoff or Backoff()
@@ -116,18 +119,21 @@ class Engine:
         try:
             async with self._http.get(f"{self.url}/v1/models") as reply:
                 self._check_key(reply.status)
-                served = [str(card["id"]) for card in (await reply.json())["data"]]
+                served = {card.id: card for card in msgspec.json.decode(await reply.read(), type=_Served).data}
         except (aiohttp.ClientConnectionError, TimeoutError) as error:
             raise UnavailableError(
                 f"no engine answers at {self.url} ({error or type(error).__name__}); is `vllm serve` running there?"
             ) from error
-        except (aiohttp.ClientError, ValueError, KeyError, TypeError) as error:
+        except (aiohttp.ClientError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise UnavailableError(f"{self.url} answers, but not as an OpenAI server (/v1/models: {error})") from error
         if name is None and len(served) != 1:
             raise ConfigError(f"name one of the models with --model; {self.url} serves {', '.join(served) or 'none'}")
         if name is not None and name not in served:
             raise ConfigError(f"{self.url} does not serve {name!r}; it serves {', '.join(served) or 'nothing'}")
-        self.model = name or served[0]
+        card = served[name] if name is not None else next(iter(served.values()))
+        self.model, self.adapter = card.id, card.id if card.parent else ""
+        base = served.get(card.parent or "", card)
+        self.weights = base.root or base.id
         return self.model
 
     async def send(self, prompt: Prompt) -> Sent | TooLong | TooShort | Refused:
@@ -192,6 +198,16 @@ class Engine:
     def _check_key(status: int) -> None:
         if status in (401, 403):
             raise UnavailableError(f"the engine wants its API key: set {API_KEY_VARIABLE}")
+
+
+class _Card(msgspec.Struct, frozen=True):
+    id: str
+    root: str | None = None
+    parent: str | None = None
+
+
+class _Served(msgspec.Struct, frozen=True):
+    data: list[_Card]
 
 
 class _Tokenized(msgspec.Struct, frozen=True):

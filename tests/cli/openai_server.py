@@ -16,6 +16,7 @@ class FakeEngine:
 
     Attributes:
         models: names it serves.
+        cards: what else it says of some of them.
         delay_s: how long a prompt takes.
         replies: statuses to answer the next prompts with instead of computing them.
         headers: of those answers.
@@ -27,6 +28,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.models = ["tiny"]
+        self.cards: dict[str, dict[str, str]] = {}
         self.key = ""
         self.delay_s = 0.0
         self.replies: list[int] = []
@@ -49,7 +51,9 @@ class FakeEngine:
     async def list_models(self, request: web.Request) -> web.Response:
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": {"message": "Unauthorized"}}, status=401)
-        return web.json_response({"object": "list", "data": [{"id": name} for name in self.models]})
+        return web.json_response(
+            {"object": "list", "data": [{"id": name, **self.cards.get(name, {})} for name in self.models]}
+        )
 
     async def complete(self, request: web.Request) -> web.Response:
         body = await request.json()

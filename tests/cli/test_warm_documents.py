@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from cachetier.cli.main import main
 from cachetier.cli.warm_documents import Document, DocumentReader
-from cachetier.cli.warm_engine import DOCUMENT_TOKENS_MIN, Backoff, Engine, Sent
+from cachetier.cli.warm_engine import Backoff, Engine, Sent
 from cachetier.cli.warm_input import COMPLETIONS_PATH, Rejected, read_inputs
 from cachetier.cli.warm_up import default_journal
+from cachetier.core.document_messages import DOCUMENT_TOKENS_MIN
 from tests.cli.openai_server import FakeEngine, running
 
 LONG = "a text of many words, " * 8
