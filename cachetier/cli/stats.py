@@ -56,6 +56,7 @@ def as_text(stats: dict[str, Any]) -> str:
     rows = [
         ("tokens asked for", f"{queried:,}"),
         ("of these loaded", hits),
+        ("blended", _blended(stats)),
         ("tokens stored", f"{tokens['stored']:,}"),
         *((f"{tier} used", _filled(stats["bytes"][tier])) for tier in TIERS),
         ("chunks", f"{stats['chunks']:,}  " + "  ".join(f"{name} {stats[key]:,}" for name, key in CHUNKS)),
@@ -74,6 +75,14 @@ def _speeds(stats: dict[str, Any]) -> str:
     tokens_per_s, disk = stats["tokens_per_s"], stats["disk_bytes_per_s"]
     known = [f"{work} {tokens_per_s[work]:,.0f} tokens/s" for work in ("prefill", "load") if tokens_per_s[work]]
     return "  ".join([*known, *([f"disk {format_bytes(int(disk))}/s"] if disk else [])]) or "not measured yet"
+
+
+def _blended(stats: dict[str, Any]) -> str:
+    blend = stats["tokens"]["blend"]
+    return (
+        f"{stats['requests']['blended']:,} requests: {blend['loaded']:,} tokens loaded, {blend['computed']:,} computed"
+        f"  of {stats['documents']:,} documents"
+    )
 
 
 def _share(part: int, whole: int) -> str:

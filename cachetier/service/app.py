@@ -1,7 +1,7 @@
 """The HTTP application: messages in, store calls, replies out. Everything runs on the event loop's thread.
 
-Store calls are short and touch memory only, so they run right here; a thread hand-over would cost more than most of
-them. Requests are never logged with their bodies, which hold prompts and salts.
+Store calls are short and touch memory only, so they run right here, those in `SLOW` excepted; a thread hand-over would
+cost more than most of them. Requests are never logged with their bodies, which hold prompts and salts.
 """
 
 import asyncio
@@ -15,6 +15,13 @@ import msgspec
 from aiohttp import web
 
 from cachetier.core.codec import PATH_OF, decode, encode
+from cachetier.core.document_messages import (
+    ListDocuments,
+    MatchDocuments,
+    RegisterDocument,
+    RemoveDocument,
+    SyncDocuments,
+)
 from cachetier.core.errors import ProtocolError
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
@@ -38,6 +45,7 @@ from cachetier.service.sessions import WatchedSessions
 from cachetier.store.store import Store
 
 BODY_TYPES = ("application/msgpack", "application/x-msgpack")
+SLOW = (ListDocuments,)  # looks up on disk what it lists
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -77,6 +85,11 @@ class Service:
             OfferPool: store.offer_pool,
             CommitPool: store.commit_pool,
             CheckPools: store.check_pools,
+            RegisterDocument: store.documents.register,
+            SyncDocuments: store.documents.sync,
+            MatchDocuments: store.documents.match,
+            ListDocuments: store.documents.listing,
+            RemoveDocument: store.documents.remove,
         }
         for kind, call in calls.items():
             app.router.add_post(PATH_OF[kind], self._message_handler(kind, call))
@@ -98,7 +111,8 @@ class Service:
                 raise ProtocolError(f"the body may have {MAX_BODY_BYTES} bytes at most", 413)
             body = await request.read()
             start = time.perf_counter()
-            reply = encode(call(decode(kind, body)))
+            message = decode(kind, body)
+            reply = encode(await asyncio.to_thread(call, message) if kind in SLOW else call(message))
             observe(time.perf_counter() - start)
             return web.Response(body=reply, content_type=BODY_TYPES[0])
 

@@ -3,7 +3,7 @@
 lock             flock of the process that uses the directory; holds its pid
 meta.json        {"format", "chunk_tokens", "segment_bytes", "check"}
 secret           32 random bytes and their XXH64: chain keys are made with it
-namespaces.txt, index/, segments/   see namespaces.py, index.py, segments.py
+namespaces.txt, documents.log, index/, segments/   see namespaces.py, documents.py, index.py, segments.py
 server.json      {"pid", "socket", "instance"} while a server answers
 """
 
@@ -30,6 +30,9 @@ _INDEX_SHARE = 32
 # About four million chunks: 1 TiB of 256 KiB each. A new index is filled with zeros at the first start, and a private
 # server has to answer within twenty seconds: 4 GiB take a few of them, 32 GiB (the share of 1 TiB) half a minute.
 _INDEX_BYTES_MAX = 4 * GIB
+# Twice what documents.log may have, for the copy that replaces it: 1 GiB is a million documents of 1 KiB each.
+_DOCUMENTS_SHARE = 64
+_DOCUMENTS_BYTES_MAX = 2 * GIB
 _REST_BYTES = MIB  # lock, meta.json, secret, namespaces.txt, server.json
 _log = logging.getLogger(__name__)
 
@@ -111,7 +114,7 @@ def lock_existing(path: str) -> Iterator[tuple[str, int]]:
 
 
 def disk_shape(config: ServerConfig) -> IndexSettings:
-    """Return how the size limit is divided: index, segments, and a little for the rest.
+    """Return how the size limit is divided: index, segments, and a little for documents and the rest.
 
     A directory keeps the segment size it was made with.
 
@@ -122,9 +125,10 @@ def disk_shape(config: ServerConfig) -> IndexSettings:
     segment_bytes = (meta and meta["segment_bytes"]) or config.segment_bytes
     share_bytes = config.disk_bytes // _INDEX_SHARE // PAGE_BYTES * PAGE_BYTES
     index_bytes = min(max(_INDEX_BYTES_MIN, share_bytes), _INDEX_BYTES_MAX)
-    num_segments = (config.disk_bytes - index_bytes - _REST_BYTES) // segment_bytes
+    other_bytes = index_bytes + 2 * documents_bytes(config) + _REST_BYTES
+    num_segments = (config.disk_bytes - other_bytes) // segment_bytes
     if num_segments < 2:
-        least = index_bytes + _REST_BYTES + 2 * segment_bytes
+        least = other_bytes + 2 * segment_bytes
         raise ConfigError(f"disk_bytes is {config.disk_bytes}; this directory's segments need at least {least}")
     return IndexSettings(
         limit_bytes=index_bytes,
@@ -132,6 +136,11 @@ def disk_shape(config: ServerConfig) -> IndexSettings:
         num_segments=num_segments,
         chunk_tokens=config.chunk_tokens,
     )
+
+
+def documents_bytes(config: ServerConfig) -> int:
+    """Return how large `documents.log` may get."""
+    return min(config.disk_bytes // _DOCUMENTS_SHARE, _DOCUMENTS_BYTES_MAX) // 2
 
 
 def _make_folder(path: str) -> str:

@@ -21,7 +21,7 @@ from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.host import HostTable
 from cachetier.store.leases import LeaseTable
 from cachetier.store.namespaces import NamespaceTable
-from cachetier.store.stats import Counters, EngineSpeeds, Stats, TierBytes, TierSizes, TokenCounts
+from cachetier.store.stats import Counters, EngineSpeeds, RequestCounts, Stats, TierBytes, TierSizes, TokenCounts
 
 SALT_LENGTH_MAX = 1024
 EXTRA_BYTES_MAX = 1024
@@ -44,20 +44,16 @@ class Books:
     direct: DirectReaders = field(default_factory=DirectReaders)
     counters: Counters = field(default_factory=Counters)
     tokens: TokenCounts = field(default_factory=TokenCounts)
+    requests: RequestCounts = field(default_factory=RequestCounts)
     speeds: EngineSpeeds = field(default_factory=EngineSpeeds)
 
     def contents(self, tokens: bytes, extras: list[tuple[int, bytes]], salt: str) -> list[bytes]:
         """Return the contents of the complete chunks in a message.
 
         Raises:
-            ProtocolError: the tokens are not int32, there are too many chunks, or an extra or the salt is impossible.
+            ProtocolError: as `check_tokens`, or an extra is impossible.
         """
-        if len(tokens) % TOKEN_BYTES:
-            raise ProtocolError(f"tokens has {len(tokens)} bytes, no multiple of {TOKEN_BYTES}")
-        if len(tokens) > MAX_CHUNKS * self.chunk_tokens * TOKEN_BYTES:
-            raise ProtocolError(f"more than {MAX_CHUNKS} chunks")
-        if len(salt) > SALT_LENGTH_MAX:
-            raise ProtocolError(f"the salt is longer than {SALT_LENGTH_MAX} characters")
+        self.check_tokens(tokens, salt)
         by_number = dict(extras)
         if len(by_number) != len(extras):
             raise ProtocolError("two extras for one chunk")
@@ -66,8 +62,28 @@ class Books:
                 raise ProtocolError(f"extra of chunk {number} with {len(extra)} bytes; at most {EXTRA_BYTES_MAX}")
         return contents_of(tokens, self.chunk_tokens, by_number)
 
+    def check_tokens(self, tokens: bytes, salt: str) -> None:
+        """Refuse what no prompt can be.
+
+        Raises:
+            ProtocolError: the tokens are not int32, there are too many chunks, or the salt is too long.
+        """
+        if len(tokens) % TOKEN_BYTES:
+            raise ProtocolError(f"tokens has {len(tokens)} bytes, no multiple of {TOKEN_BYTES}")
+        if len(tokens) > MAX_CHUNKS * self.chunk_tokens * TOKEN_BYTES:
+            raise ProtocolError(f"more than {MAX_CHUNKS} chunks")
+        if len(salt) > SALT_LENGTH_MAX:
+            raise ProtocolError(f"the salt is longer than {SALT_LENGTH_MAX} characters")
+
     def snapshot(
-        self, arena: Arena, *, instance: str, uptime_s: float, flush_backlog_bytes: int, disk_bytes_per_s: float
+        self,
+        arena: Arena,
+        *,
+        instance: str,
+        uptime_s: float,
+        flush_backlog_bytes: int,
+        disk_bytes_per_s: float,
+        num_documents: int,
     ) -> Stats:
         """Return all counters and gauges as they are now (lock held)."""
         disk, table, gpu, tokens = self.disk, self.table, self.gpu, self.tokens
@@ -75,7 +91,14 @@ class Books:
         return Stats(
             instance=instance,
             uptime_s=uptime_s,
-            tokens=TokenCounts(tokens.queried, msgspec.structs.replace(tokens.hit), tokens.stored),
+            tokens=TokenCounts(
+                tokens.queried,
+                msgspec.structs.replace(tokens.hit),
+                tokens.stored,
+                msgspec.structs.replace(tokens.blend),
+            ),
+            requests=msgspec.structs.replace(self.requests),
+            documents=num_documents,
             bytes=TierSizes(
                 TierBytes(gpu.used_bytes, gpu.limit_bytes),
                 TierBytes(arena.used_bytes, arena.data_bytes),

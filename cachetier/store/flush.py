@@ -5,8 +5,8 @@ under the lock (its chunks are pinned since they were offered), writes it withou
 note the outcome. It is the only caller of `DiskTier.append`, `drop` and `remember_namespace`.
 
 Bounds: the backlog holds at most `backlog_bytes` of frames; a chunk offered beyond that stays in host memory alone and
-is counted, and is offered again when it is hit. The errands are at most one for each chunk on disk and each known
-namespace.
+is counted, and is offered again when it is hit. The errands are at most one for each chunk on disk, one for each known
+namespace, and one for the documents.
 """
 
 import logging
@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from cachetier.core.keys import ChainKey
 from cachetier.storage.disk import ChunkToWrite, DiskChunk, DiskTier
@@ -44,7 +45,7 @@ class Flusher:
         self._limit_bytes = backlog_bytes
         self._queue: deque[HostChunk] = deque()
         self._forgetting: dict[ChainKey, None] = {}
-        self._namespaces: list[Namespace] = []
+        self._errands: list[Callable[[], object]] = []
         self.backlog_bytes = 0
         self._num_offered = self._num_finished = 0
         self._errands_offered = self._errands_finished = 0
@@ -86,7 +87,11 @@ class Flusher:
 
     def remember(self, namespace: Namespace) -> None:
         """Keep a namespace across restarts (lock held)."""
-        self._namespaces.append(namespace)
+        self.run_soon(partial(self._disk.remember_namespace, namespace.id, namespace.identity, namespace.layouts))
+
+    def run_soon(self, errand: Callable[[], object]) -> None:
+        """Have the thread call `errand`, which writes to disk; the lock is held now, but not then."""
+        self._errands.append(errand)
         self._errands_offered += 1
         self._wake.notify()
 
@@ -118,15 +123,15 @@ class Flusher:
             with self._wake:
                 if not self._wait_for_work():
                     return
-                keys, namespaces = list(self._forgetting), self._namespaces
-                self._namespaces = []
+                keys, errands = list(self._forgetting), self._errands
+                self._errands = []
                 group = self._take_group()
-            self._run_errands(keys, namespaces)
+            self._run_errands(keys, errands)
             self._write(group)
 
     def _wait_for_work(self) -> bool:
         """Wait until there is something to do, and a little longer for more of it; False: stop."""
-        while not (self._queue or self._forgetting or self._namespaces):
+        while not (self._queue or self._forgetting or self._errands):
             if self._is_stopping:
                 return False
             self._wake.wait()
@@ -152,19 +157,22 @@ class Flusher:
                 self._finish(chunk)
         return group
 
-    def _run_errands(self, keys: list[ChainKey], namespaces: list[Namespace]) -> None:
-        try:
-            for namespace in namespaces:
-                self._disk.remember_namespace(namespace.id, namespace.identity, namespace.layouts)
-            if keys:
-                self._disk.drop(keys)
-        except Exception:  # the thread's boundary
-            logger.exception("the index could not be written")
+    def _run_errands(self, keys: list[ChainKey], errands: list[Callable[[], object]]) -> None:
+        for errand in errands:
+            self._run_errand(errand)
+        if keys:
+            self._run_errand(lambda: self._disk.drop(keys))
         with self._done:
             for key in keys:
                 del self._forgetting[key]
-            self._errands_finished += len(keys) + len(namespaces)
+            self._errands_finished += len(keys) + len(errands)
             self._done.notify_all()
+
+    def _run_errand(self, errand: Callable[[], object]) -> None:
+        try:
+            errand()
+        except Exception:  # the thread's boundary
+            logger.exception("the data directory could not be written")
 
     def _write(self, group: list[HostChunk]) -> None:
         stored = [False] * len(group)

@@ -66,14 +66,16 @@ class Matcher:
         self._flusher = flusher
         self._promoter = promoter
 
-    def match(self, message: Match) -> MatchReply:
-        """See `Store.match`."""
+    def match(self, message: Match, *, is_counted: bool = True) -> MatchReply:
+        """See `Store.match`; what `is_counted` counts as tokens that were asked for."""
         books = self._books
         contents = books.contents(message.tokens, message.extras, message.salt)
         with books.lock:
             session = books.leases.session(message.session, books.clock())
             namespace = books.namespaces.get(message.namespace)
             direct_bytes_per_s = books.direct.bytes_per_s(session.engine)
+            if message.lease and is_counted:
+                books.tokens.queried += len(contents) * books.chunk_tokens
         root = books.hasher.root(namespace.id, message.salt)
         prompt = Prompt(namespace, root, contents, books.hasher.chain(root, contents))
         prompt.direct_bytes_per_s = direct_bytes_per_s
@@ -112,7 +114,6 @@ class Matcher:
         lease: Lease | None = None
         try:
             with books.lock:
-                books.tokens.queried += len(prompt.keys) * books.chunk_tokens
                 self._walk(prompt, {})
             while rows := self._look_up(prompt):
                 with books.lock:

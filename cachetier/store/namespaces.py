@@ -96,6 +96,11 @@ class NamespaceTable:
         """Describe all of them, the one registered last at the end."""
         return [NamespaceInfo(namespace=known.id.hex(), identity=known.identity) for known in self._known.values()]
 
+    def model_of(self, namespace: NamespaceId) -> str:
+        """Return the name of a namespace's model, empty if it is not registered."""
+        known = self._known.get(namespace)
+        return known.identity.model if known else ""
+
     def recall(self, identity: ModelIdentity, layouts: list[KVLayout]) -> None:
         """Register what the data directory remembers; what this version cannot serve is left out."""
         with contextlib.suppress(ProtocolError):

@@ -14,6 +14,13 @@ class HitTokens(msgspec.Struct):
     disk: int = 0
 
 
+class BlendTokens(msgspec.Struct):
+    """Tokens of blended requests: loaded from documents, and computed before the end of the last of these."""
+
+    loaded: int = 0
+    computed: int = 0
+
+
 class TokenCounts(msgspec.Struct):
     """Counters of tokens.
 
@@ -21,11 +28,19 @@ class TokenCounts(msgspec.Struct):
         queried: tokens in complete chunks of prompts that asked for a lease.
         hit: tokens that were then loaded and used (reported with the release).
         stored: tokens of chunks that became ready by a commit.
+        blend: what engines report of prompts in which they found documents; not part of `queried` and `hit`.
     """
 
     queried: int = 0
     hit: HitTokens = msgspec.field(default_factory=HitTokens)
     stored: int = 0
+    blend: BlendTokens = msgspec.field(default_factory=BlendTokens)
+
+
+class RequestCounts(msgspec.Struct):
+    """Counters of requests: `blended` are those that loaded documents from the middle of their prompts."""
+
+    blended: int = 0
 
 
 class TierBytes(msgspec.Struct):
@@ -94,6 +109,7 @@ class Stats(msgspec.Struct):
         instance: random id of this run of the server.
         uptime_s: since the store opened.
         tokens: counters of tokens.
+        requests: counters of requests.
         bytes: sizes of the tiers.
         chunks: distinct chunks held, in any tier.
         chunks_gpu: chunks with a copy in an engine's pool.
@@ -103,6 +119,7 @@ class Stats(msgspec.Struct):
         leases: live leases.
         sessions: open sessions.
         namespaces: known models.
+        documents: registered documents.
         flush_backlog_bytes: bytes waiting to be written.
         gpu_filled: copies that were made in pools.
         gpu_evicted: copies that made room for others.
@@ -116,6 +133,7 @@ class Stats(msgspec.Struct):
     instance: str
     uptime_s: float
     tokens: TokenCounts
+    requests: RequestCounts
     bytes: TierSizes
     chunks: int
     chunks_gpu: int
@@ -125,6 +143,7 @@ class Stats(msgspec.Struct):
     leases: int
     sessions: int
     namespaces: int
+    documents: int
     flush_backlog_bytes: int
     disk_bytes_per_s: float
     tokens_per_s: EngineSpeeds

@@ -38,13 +38,15 @@ from cachetier.core.messages import (
 )
 from cachetier.core.pool_messages import CheckPools, CheckPoolsReply, CommitPool, OfferPool
 from cachetier.storage.arena import Arena
-from cachetier.storage.data_dir import DataDir
+from cachetier.storage.data_dir import DataDir, documents_bytes
 from cachetier.storage.disk import DiskTier
+from cachetier.storage.documents import DocumentFile
 from cachetier.storage.file_layer import FileLayer
 from cachetier.store.books import Books
 from cachetier.store.chunk import ChunkState
 from cachetier.store.direct import DirectChunk
 from cachetier.store.disk_pins import DiskPins
+from cachetier.store.documents import Documents
 from cachetier.store.flush import Flusher
 from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.host import HostTable
@@ -72,6 +74,10 @@ class Store:
         StorageError: from the constructor, when the data directory or the arena cannot be used.
         ProtocolError: from the methods that answer messages: status 404 for an unknown session or namespace, 400 for
             an impossible request, 409 where the request contradicts what is known.
+
+    Attributes:
+        data_dir: the data directory.
+        documents: answers the messages about documents.
     """
 
     def __init__(
@@ -127,6 +133,8 @@ class Store:
             self._promoter.start()
         self._matcher = Matcher(books, self._flusher, self._promoter)
         self._storer = Storer(books, self._flusher, config.lease_ttl_s)
+        file = DocumentFile(config.data_dir, files or FileLayer(), documents_bytes(config)) if disk else None
+        self.documents = Documents(books, self._matcher, self._flusher, file)
 
     @property
     def instance(self) -> str:
@@ -260,6 +268,9 @@ class Store:
             self._books.counters.loads_failed += max(message.loads_failed, 0)
             self._books.speeds.prefill = message.prefill_tokens_per_s or self._books.speeds.prefill
             self._books.speeds.load = message.load_tokens_per_s or self._books.speeds.load
+            self._books.requests.blended += max(message.requests_blended, 0)
+            self._books.tokens.blend.loaded += max(message.blend_loaded_tokens, 0)
+            self._books.tokens.blend.computed += max(message.blend_computed_tokens, 0)
         return Empty()
 
     def reads_directly(self, message: ReadsDirectly) -> Empty:
@@ -299,6 +310,7 @@ class Store:
                 uptime_s=self._clock() - self._opened_at,
                 flush_backlog_bytes=backlog,
                 disk_bytes_per_s=self._promoter.bytes_per_s if self._promoter else 0.0,
+                num_documents=len(self.documents),
             )
 
     def expire(self) -> None:
@@ -323,6 +335,7 @@ class Store:
             self._books.leases.check_integrity()
             self._books.table.check_integrity()
             self._storer.check_integrity()
+            self.documents.check_integrity()
             leases = self._books.leases.leases()
             uses = [lease.pool_use for lease in leases if lease.pool_use is not None]
             self._books.gpu.check_integrity(self._books.table.with_frames(), uses)

@@ -23,6 +23,7 @@ PUBLIC_NAMES = (
         "bytes.host.used",
         "bytes.host.limit",
     ),
+    *("tokens.blend.loaded", "tokens.blend.computed", "requests.blended", "documents"),
     *("bytes.disk.used", "bytes.disk.limit", "chunks", "leases", "checksum_failures", "stores_dropped"),
 )
 
@@ -66,8 +67,9 @@ def test_text_of_a_server_without_disk_and_without_queries() -> None:
     tier = {"used": 0, "limit": 0}
     counts = dict.fromkeys(("chunks", "chunks_gpu", "chunks_host", "chunks_durable", "leases", "sessions"), 0)
     counts |= dict.fromkeys(("stores_dropped", "loads_failed", "checksum_failures", "hits_cut", "tokens_cut"), 0)
+    counts |= {"requests": {"blended": 0}, "documents": 0}
     counts |= {"tokens_per_s": {"prefill": 0, "load": 0}, "disk_bytes_per_s": 0}
-    tokens = {"queried": 0, "stored": 0, "hit": {"gpu": 0, "host": 0, "disk": 0}}
+    tokens = {"queried": 0, "stored": 0, "hit": {"gpu": 0, "host": 0, "disk": 0}, "blend": {"loaded": 0, "computed": 0}}
     assert "off" in as_text({"tokens": tokens, "bytes": {"gpu": tier, "host": tier, "disk": tier}, **counts})
 
 

@@ -11,6 +11,13 @@ import msgspec
 import pytest
 
 from cachetier.core.codec import PATH_OF, encode
+from cachetier.core.document_messages import (
+    ListDocuments,
+    MatchDocuments,
+    RegisterDocument,
+    RemoveDocument,
+    SyncDocuments,
+)
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
     MAX_BODY_BYTES,
@@ -244,6 +251,15 @@ def valid_messages(engine: TinyEngine) -> list[Message]:
         ),
         CommitPool(session=session, fill=1, frames=[0, 1]),
         CheckPools(session=session, pools=[1, 2]),
+        RegisterDocument(
+            session=session, namespace=engine.namespace, document="fuzz", tokens=tokens, fingerprint=2**64 - 1
+        ),
+        SyncDocuments(session=session, namespace=engine.namespace, version=1),
+        MatchDocuments(
+            session=session, namespace=engine.namespace, tokens=tokens, candidates=[(0, 2**64 - 1), (9, 2)], start=1
+        ),
+        ListDocuments(skip=1),
+        RemoveDocument(document="another"),
     ]
 
 

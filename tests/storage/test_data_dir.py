@@ -9,7 +9,7 @@ import pytest
 
 from cachetier.core.config import MIB, ServerConfig
 from cachetier.core.errors import ConfigError, FormatError, InUseError, StorageError
-from cachetier.storage.data_dir import DataDir, disk_shape
+from cachetier.storage.data_dir import DataDir, disk_shape, documents_bytes
 
 
 def config(tmp_path: Path, **settings: int) -> ServerConfig:
@@ -91,7 +91,8 @@ def test_the_segment_size_is_that_of_the_directory(tmp_path: Path) -> None:
 def test_the_parts_stay_within_the_limit(tmp_path: Path, disk_mib: int) -> None:
     DataDir.open(config(tmp_path, disk_bytes=disk_mib * MIB)).close()
     shape = disk_shape(config(tmp_path, disk_bytes=disk_mib * MIB))
-    used = shape.limit_bytes + shape.num_segments * shape.segment_bytes
+    documents = 2 * documents_bytes(config(tmp_path, disk_bytes=disk_mib * MIB))
+    used = shape.limit_bytes + shape.num_segments * shape.segment_bytes + documents
     assert disk_mib * MIB - shape.segment_bytes - MIB < used <= disk_mib * MIB - MIB
 
 

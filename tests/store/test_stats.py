@@ -7,10 +7,12 @@ from tests.store.engines import Engine, tokens_of
 
 def test_the_json_has_the_names_that_other_programs_rely_on(store):
     stats = msgspec.json.decode(msgspec.json.encode(store.stats()))
-    assert stats["tokens"] == {"queried": 0, "hit": {"gpu": 0, "host": 0, "disk": 0}, "stored": 0}
+    blend = {"loaded": 0, "computed": 0}
+    assert stats["tokens"] == {"queried": 0, "hit": {"gpu": 0, "host": 0, "disk": 0}, "stored": 0, "blend": blend}
+    assert stats["requests"] == {"blended": 0}
     for tier in ("host", "disk"):
         assert stats["bytes"][tier]["used"] < stats["bytes"][tier]["limit"]
-    for name in ("chunks", "chunks_durable", "leases", "checksum_failures", "stores_dropped"):
+    for name in ("chunks", "chunks_durable", "leases", "checksum_failures", "stores_dropped", "documents"):
         assert stats[name] == 0
 
 
