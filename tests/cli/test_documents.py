@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cachetier.cli.main import main
-from cachetier.core.document_messages import RegisterDocument
+from cachetier.core.document_messages import LISTED_MAX, RegisterDocument
 from tests.service.running import TIMEOUT_S, RunningServer, TinyEngine, tokens_of
 
 FIRST, SECOND = tokens_of(1, 4), tokens_of(2, 3)
@@ -76,14 +76,15 @@ class TestListing:
         assert "no document 'first'" in capsys.readouterr().out
 
 
-def test_every_page_of_a_long_list_is_shown(
-    server: RunningServer, engine: TinyEngine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for number in range(1100):
-        register(engine, f"{number}", FIRST, 1)
-    assert documents(server, "--json") == 0
+def test_every_page_of_a_long_list_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunningServer(tmp_path / "data", "--host-bytes", "16MiB", "--disk-bytes", "256MiB") as server:
+        engine = TinyEngine(server.socket_path)
+        for number in range(LISTED_MAX + 100):
+            register(engine, f"{number}", FIRST, 1)
+        assert documents(server, "--json") == 0
+        engine.close()
     names = [each["document"] for each in json.loads(capsys.readouterr().out)]
-    assert names == ["first", "a folder/second text", *map(str, range(1100))]
+    assert names == list(map(str, range(LISTED_MAX + 100)))
 
 
 def test_no_documents_and_no_server_are_told_apart(

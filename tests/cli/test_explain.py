@@ -174,16 +174,18 @@ class Documents:
         self.engine = TinyEngine(server.socket_path, weights)
 
     def register(self, name: str, text: str, *, salt: str = "", num_stored: int | None = None) -> str:
+        """Register `text`, and store its complete chunks, or those of its first `num_stored` tokens."""
         tokens = packed(tokens_of(text))
         self.engine.salt = salt
-        self.engine.store(packed(tokens_of(text)[:num_stored]))
+        num_chunks = (len(text) if num_stored is None else num_stored) // CHUNK_TOKENS
+        self.engine.store(tokens[: num_chunks * CHUNK_TOKENS * 4])
         message = RegisterDocument(
             session=self.engine.session.id,
             namespace=self.engine.namespace,
             salt=salt,
             document=name,
             tokens=tokens,
-            fingerprint=hash(tokens[: CHUNK_TOKENS * 4]) % (1 << 64),
+            fingerprint=int.from_bytes(tokens[:8], "little"),
         )
         self.engine.client.call(message, TIMEOUT_S)
         return text
