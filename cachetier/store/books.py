@@ -17,6 +17,7 @@ from cachetier.storage.arena import Arena
 from cachetier.storage.disk import DiskTier
 from cachetier.store.direct import DirectReaders
 from cachetier.store.disk_pins import DiskPins
+from cachetier.store.document_table import DocumentTable
 from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.host import HostTable
 from cachetier.store.leases import LeaseTable
@@ -39,6 +40,7 @@ class Books:
     leases: LeaseTable
     namespaces: NamespaceTable
     disk: DiskTier | None
+    documents: DocumentTable
     lock: threading.Lock = field(default_factory=threading.Lock)
     disk_pins: DiskPins = field(default_factory=DiskPins)
     direct: DirectReaders = field(default_factory=DirectReaders)
@@ -76,14 +78,7 @@ class Books:
             raise ProtocolError(f"the salt is longer than {SALT_LENGTH_MAX} characters")
 
     def snapshot(
-        self,
-        arena: Arena,
-        *,
-        instance: str,
-        uptime_s: float,
-        flush_backlog_bytes: int,
-        disk_bytes_per_s: float,
-        num_documents: int,
+        self, arena: Arena, *, instance: str, uptime_s: float, flush_backlog_bytes: int, disk_bytes_per_s: float
     ) -> Stats:
         """Return all counters and gauges as they are now (lock held)."""
         disk, table, gpu, tokens = self.disk, self.table, self.gpu, self.tokens
@@ -98,7 +93,7 @@ class Books:
                 msgspec.structs.replace(tokens.blend),
             ),
             requests=msgspec.structs.replace(self.requests),
-            documents=num_documents,
+            documents=len(self.documents),
             bytes=TierSizes(
                 TierBytes(gpu.used_bytes, gpu.limit_bytes),
                 TierBytes(arena.used_bytes, arena.data_bytes),

@@ -11,9 +11,10 @@ from operator import attrgetter
 
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import ChainKey
-from cachetier.storage.documents import StoredDocument, record_bytes
+from cachetier.storage.documents import DocumentFile, StoredDocument, record_bytes
 
 DOCUMENTS_MAX = 1_000_000
+MEMORY_BYTES_MAX = 256 << 20  # of registrations when there is no file that bounds them
 
 _keys = attrgetter("keys")
 
@@ -51,22 +52,21 @@ class DocumentTable:
         self._num_documents = self.used_bytes = 0
         self._last_version = secrets.randbits(52) + 1  # unlike those of an earlier run of the server, and never 0
 
+    @classmethod
+    def open(cls, file: DocumentFile | None) -> "DocumentTable":
+        """Make the table of what `file` remembers, and which it can keep.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if file is None:
+            return cls(MEMORY_BYTES_MAX)
+        table = cls(file.living_bytes_max)
+        table._recall(file.open())
+        return table
+
     def __len__(self) -> int:
         return self._num_documents
-
-    def recall(self, documents: Iterable[StoredDocument]) -> None:
-        """Take over what a file remembers; the table is empty."""
-        grouped: dict[tuple[ChainKey, int], list[StoredDocument]] = {}
-        for document in documents:
-            tenant = self._tenants.setdefault(document.tenant, Tenant())
-            tenant.by_id[document.id] = document
-            grouped.setdefault((document.tenant, document.fingerprint), []).append(document)
-            self._count(document, 1)
-        for (root, fingerprint), alike in grouped.items():
-            self._tenants[root].by_fingerprint[fingerprint] = tuple(sorted(alike, key=_keys))
-        for tenant in self._tenants.values():
-            tenant.fingerprints = array("Q", sorted(tenant.by_fingerprint))
-            tenant.version = self._next_version()
 
     def add(self, document: StoredDocument) -> bool:
         """Register a document, replacing the tenant's one of its id; False: it is registered like that already.
@@ -136,6 +136,19 @@ class DocumentTable:
             for fingerprint, alike in tenant.by_fingerprint.items():
                 assert list(alike) == sorted(alike, key=_keys), "documents are not in the order of their keys"
                 assert all((each.tenant, each.fingerprint) == (root, fingerprint) and each.keys for each in alike)
+
+    def _recall(self, documents: Iterable[StoredDocument]) -> None:
+        grouped: dict[tuple[ChainKey, int], list[StoredDocument]] = {}
+        for document in documents:
+            tenant = self._tenants.setdefault(document.tenant, Tenant())
+            tenant.by_id[document.id] = document
+            grouped.setdefault((document.tenant, document.fingerprint), []).append(document)
+            self._count(document, 1)
+        for (root, fingerprint), alike in grouped.items():
+            self._tenants[root].by_fingerprint[fingerprint] = tuple(sorted(alike, key=_keys))
+        for tenant in self._tenants.values():
+            tenant.fingerprints = array("Q", sorted(tenant.by_fingerprint))
+            tenant.version = self._next_version()
 
     def _take_out(self, document: StoredDocument) -> None:
         tenant = self._tenants[document.tenant]

@@ -37,11 +37,9 @@ from cachetier.core.messages import Match
 from cachetier.storage.documents import DocumentFile, StoredDocument
 from cachetier.store.books import Books
 from cachetier.store.chunk import ChunkState
-from cachetier.store.document_table import DocumentTable
 from cachetier.store.flush import Flusher
 from cachetier.store.matching import Matcher
 
-MEMORY_BYTES_MAX = 256 << 20  # of registrations when there is no disk tier to bound them
 LISTED_CHUNKS_MAX = 1 << 14  # looked up for one reply to ListDocuments
 
 _log = logging.getLogger(__name__)
@@ -60,22 +58,13 @@ class Documents:
     """The registered documents. Without a file they live in memory only."""
 
     def __init__(self, books: Books, matcher: Matcher, flusher: Flusher | None, file: DocumentFile | None) -> None:
-        """Open `file`, which needs a flusher.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """Answer from `books.documents`, writing changes to `file`, which needs a flusher."""
         self._books = books
+        self._table = books.documents
         self._matcher = matcher
         self._flusher = flusher
         self._file = file
-        self._table = DocumentTable(file.living_bytes_max if file else MEMORY_BYTES_MAX)
         self._unsaved: list[StoredDocument] = []
-        if file:
-            self._table.recall(file.open())
-
-    def __len__(self) -> int:
-        return len(self._table)
 
     def register(self, message: RegisterDocument) -> RegisterDocumentReply:
         """Register a document; 400 for an impossible one, 409 when there is no room."""
@@ -159,10 +148,6 @@ class Documents:
             removed = self._table.remove(message.document)
             self._save_soon([document.removed() for document in removed])
         return RemoveDocumentReply(removed=len(removed))
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError if the tables contradict each other (lock held)."""
-        self._table.check_integrity()
 
     def _root(self, message: RegisterDocument | SyncDocuments | MatchDocuments) -> ChainKey:
         """Return the parent of the tenant's first chunks.

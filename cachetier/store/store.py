@@ -46,6 +46,7 @@ from cachetier.store.books import Books
 from cachetier.store.chunk import ChunkState
 from cachetier.store.direct import DirectChunk
 from cachetier.store.disk_pins import DiskPins
+from cachetier.store.document_table import DocumentTable
 from cachetier.store.documents import Documents
 from cachetier.store.flush import Flusher
 from cachetier.store.gpu_tier import GpuTier
@@ -100,6 +101,10 @@ class Store:
         self._arena_path = self.data_dir.arena_path()
         self._arena = Arena.create(self._arena_path, config.host_bytes, self._instance)
         try:
+            file = None
+            if config.disk_bytes:
+                file = DocumentFile(config.data_dir, files or FileLayer(), documents_bytes(config))
+            documents = DocumentTable.open(file)
             table = HostTable(self._arena, gpu, config.tenant_quota, self._clock)
             disk = None
             if config.disk_bytes:
@@ -121,6 +126,7 @@ class Store:
             leases=LeaseTable(config.lease_ttl_s),
             namespaces=NamespaceTable(config.chunk_tokens, self._arena),
             disk=disk,
+            documents=documents,
             disk_pins=pins,
         )
         self._flusher = self._promoter = None
@@ -133,7 +139,6 @@ class Store:
             self._promoter.start()
         self._matcher = Matcher(books, self._flusher, self._promoter)
         self._storer = Storer(books, self._flusher, config.lease_ttl_s)
-        file = DocumentFile(config.data_dir, files or FileLayer(), documents_bytes(config)) if disk else None
         self.documents = Documents(books, self._matcher, self._flusher, file)
 
     @property
@@ -310,7 +315,6 @@ class Store:
                 uptime_s=self._clock() - self._opened_at,
                 flush_backlog_bytes=backlog,
                 disk_bytes_per_s=self._promoter.bytes_per_s if self._promoter else 0.0,
-                num_documents=len(self.documents),
             )
 
     def expire(self) -> None:
@@ -335,7 +339,7 @@ class Store:
             self._books.leases.check_integrity()
             self._books.table.check_integrity()
             self._storer.check_integrity()
-            self.documents.check_integrity()
+            self._books.documents.check_integrity()
             leases = self._books.leases.leases()
             uses = [lease.pool_use for lease in leases if lease.pool_use is not None]
             self._books.gpu.check_integrity(self._books.table.with_frames(), uses)
