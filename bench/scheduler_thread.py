@@ -148,6 +148,11 @@ def main() -> None:
                     block_tokens=BLOCK_TOKENS,
                     layout=LAYOUT,
                     tiling=[LAYOUT.whole()],
+                    device="cpu",
+                    num_workers=1,
+                    pass_tokens_max=16_384,
+                    pass_runs_max=256,
+                    blend_refusal="",
                 )
                 half = SchedulerHalf(facts, IDENTITY, lambda: socket_path)
                 hits = [serve_held(half, held) for _ in range(repeats)]

@@ -178,13 +178,15 @@ class BlendSchedule:
         )
 
     def _selection(self, blend: _Blend) -> Selection | None:
-        wishes = blend.tracked.wishes
+        wishes, plan = blend.tracked.wishes, blend.plan
         budget = self._config.blend_budget if wishes.budget is None else wishes.budget
-        suffix_start = blend.plan.loads[-1].end
-        if (wishes.select or self._config.blend_select) != "query" or suffix_start == blend.plan.end:
+        if (wishes.select or self._config.blend_select) != "query" or plan.loads[-1].end == plan.end or not budget:
             return None
-        loads = [(load.start, load.end) for load in blend.plan.loads]
-        return Selection(loads=loads, budget=budget, suffix_start=suffix_start)
+        return Selection(
+            loads=[(load.start, load.end) for load in plan.loads],
+            budget=budget,
+            computed=[(run.start, run.end) for run in plan.computes if run.start > plan.approximate_from],
+        )
 
 
 def make_private(request: "Request", first_token: int, block_tokens: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cachetier_blend.blend_pass import BlendPass, PassRun
-from cachetier_blend.plan import DocumentLoad, Run, choose_runs, cut_runs
+from cachetier_blend.plan import DocumentLoad, Run, choose_runs, cut_runs, merge
 from cachetier_blend.rotation import CannotRotate, Rotary, read_rotary, rotate
 from cachetier_blend.scoring import PIECE_TOKENS, QUERY_TOKENS, attention_paid, piece_scores, watched_layers
 from cachetier_connector.copy_base import CopyEngine
@@ -115,15 +115,15 @@ class Blender:
             num_tokens = sum(end - start for start, end in op.runs)
             self._count(op, num_tokens)
             first += num_tokens
-            if op.select and op.select.budget:
+            if op.select:
                 chosen = self._choose(op, {layer: rows[:first] for layer, rows in queries.items()})
                 self._compute_chosen(op, chosen)
 
     def _choose(self, op: BlendOp, queries: dict[int, torch.Tensor]) -> list[Run]:
         """Choose tokens by the attention of the op's last ones, whose queries stand last in `queries`."""
-        select, num_tokens = op.select, op.runs[-1][1]
+        select, (start, num_tokens) = op.select, op.runs[-1]
         assert select is not None
-        num_queries = min(QUERY_TOKENS, num_tokens - select.suffix_start)
+        num_queries = min(QUERY_TOKENS, num_tokens - start)
         paid = torch.zeros(num_tokens, dtype=torch.float32, device=next(iter(queries.values())).device)
         for layer, rows in queries.items():
             keys = self._engine.read_keys(layer, op.block_ids, num_tokens)
@@ -133,9 +133,9 @@ class Blender:
         return choose_runs(loads, scores, PIECE_TOKENS, select.budget)
 
     def _compute_chosen(self, op: BlendOp, chosen: list[Run]) -> None:
-        """Compute the chosen tokens, and again those after the last document, whose KV depends on them."""
+        """Compute the chosen tokens, and again what was computed before with their loaded KV in view."""
         assert op.select is not None
-        runs = [*chosen, Run(op.select.suffix_start, op.runs[-1][1])]
+        runs = merge([*chosen, *(Run(*run) for run in op.select.computed)])
         for piece in cut_runs(runs, self._facts.pass_tokens_max, self._facts.pass_runs_max):
             self._pass.compute([_pass_run(op, *run) for run in piece])
             self._count(op, sum(run.end - run.start for run in piece))

@@ -1,5 +1,6 @@
 """`CachetierConnector`: what vLLM makes once in the scheduler and once in every worker; two halves do the work."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
         self.plan = plan
 
 
+@dataclasses.dataclass(slots=True)
 class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """What a worker tells the scheduler half with a step's output.
 
@@ -60,15 +62,11 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
         refusal: why the worker blends nothing, once it knows.
     """
 
-    def __init__(
-        self,
-        step: int,
-        load_s: dict[str, float],
-        parts: dict[str, dict[int, list[int]]],
-        computed: dict[str, int],
-        refusal: str,
-    ) -> None:
-        self.step, self.load_s, self.parts, self.computed, self.refusal = step, load_s, parts, computed, refusal
+    step: int = 0
+    load_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    parts: dict[str, dict[int, list[int]]] = dataclasses.field(default_factory=dict)
+    computed: dict[str, int] = dataclasses.field(default_factory=dict)
+    refusal: str = ""
 
     def aggregate(self, other: "KVConnectorWorkerMetadata") -> "StepReport":
         """Return what two ranks tell: a load is as slow as its slowest rank, and all compute the same."""
@@ -192,11 +190,15 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._working.take_released(), self._working.take_finished_loads()
 
     def build_connector_worker_meta(self) -> StepReport | None:
-        step, working = self._plan.step, self._working
-        load_s, parts, computed = working.take_load_seconds(), working.take_parts(), working.take_computed()
-        refusal = working.take_refusal()
-        told = step or load_s or parts or computed or refusal
-        return StepReport(step, load_s, parts, computed, refusal) if told else None
+        working = self._working
+        report = StepReport(
+            self._plan.step,
+            working.take_load_seconds(),
+            working.take_parts(),
+            working.take_computed(),
+            working.take_refusal(),
+        )
+        return None if report == StepReport() else report
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._working.take_bad_blocks()

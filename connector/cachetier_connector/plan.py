@@ -127,13 +127,13 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         loads: (start, end) of the loaded tokens to choose from.
         budget: share of them to choose.
-        suffix_start: first of the tokens after the last document, up to the end of the pass's last run; they pay the
-            attention, and are computed again after the chosen ones.
+        computed: (start, end) of the runs after the first of them that passes have computed by then: they are computed
+            again with the chosen ones. The last of them, after the last document, pays the attention.
     """
 
     loads: list[tuple[int, int]]
     budget: float
-    suffix_start: int
+    computed: list[tuple[int, int]]
 
 
 class BlendOp(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from cachetier_connector import link as link_module
 from cachetier_connector import matcher as matcher_module
 from cachetier_connector.matcher import Matcher
 from cachetier_connector.requests import TrackedRequest
+from cachetier_connector.wishes import Wishes
 from tests.connector.engines import FakeRequest
 from tests.connector.servers import CHUNK, LAYOUT, connect, eventually, identity, stats_of, tokens_of
 from tests.service.running import RunningServer
@@ -25,7 +26,8 @@ def matcher(tier, request):
 
 
 def tracked(tokens, *, may_load=True, **attributes):
-    return TrackedRequest(request=FakeRequest("r", tokens, **attributes), may_load=may_load, may_store=True)
+    request = FakeRequest("r", tokens, **attributes)
+    return TrackedRequest(request=request, wishes=Wishes(), may_load=may_load, may_store=True)
 
 
 def done(ticket):

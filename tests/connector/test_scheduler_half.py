@@ -33,6 +33,10 @@ class Scheduling:
             layout=LAYOUT,
             tiling=[Shard(0, 2, 0, 2)],
             device=device,
+            num_workers=1,
+            pass_tokens_max=1024,
+            pass_runs_max=16,
+            blend_refusal="",
         )
         self.half = SchedulerHalf(facts, identity(name), lambda: tier.server.socket_path)
         self.server = tier.server

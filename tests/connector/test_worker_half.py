@@ -30,7 +30,7 @@ def worker_of(server: str, *, num_tp: int, rank: int) -> WorkerHalf:
         f"model.layers.{layer}.self_attn.attn": torch.zeros(8, heads, BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16)
         for layer in range(LAYERS)
     }
-    return WorkerHalf(facts, config, caches)
+    return WorkerHalf(facts, config, caches, spec=None)
 
 
 @pytest.fixture
