@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from cachetier.cli.explain_search import NearMiss, Place
-from cachetier.core.document_messages import DOCUMENT_TOKENS_MIN, DocumentInfo, DocumentRun
+from cachetier.core.document_messages import DocumentInfo, DocumentRun
 from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, MatchReply
 from cachetier_blend.plan import BlendPlan, DocumentHit, DocumentLoad, Run, plan_blend
 
@@ -50,18 +50,14 @@ class Findings:
 
     def plan(self) -> BlendPlan | None:
         """Return what an engine would do with the documents; None: nothing."""
-        hits = [DocumentHit(run.offset, self._num_usable(run)) for run in self.runs]
+        hits = [DocumentHit(run.offset, run.match.num_chunks * self.chunk_tokens) for run in self.runs]
         return plan_blend(exact_end=self.exact_end, documents=hits, num_tokens=self.num_tokens)
-
-    def _num_usable(self, run: DocumentRun) -> int:
-        held = run.match.num_chunks * self.chunk_tokens
-        return held if held >= DOCUMENT_TOKENS_MIN else 0
 
 
 def as_text(findings: Findings) -> str:
     """Return the report for people."""
     plan = findings.plan()
-    parts = [_actions(findings, plan), _totals(findings, plan), _documents(findings), _near_misses(findings)]
+    parts = [_actions(findings, plan), _totals(findings, plan), _documents(findings, plan), _near_misses(findings)]
     return "\n".join(chain.from_iterable(parts))
 
 
@@ -102,13 +98,16 @@ def _totals(findings: Findings, plan: BlendPlan | None) -> Iterator[str]:
         yield BLENDING_NOTE
 
 
-def _documents(findings: Findings) -> Iterator[str]:
+def _documents(findings: Findings, plan: BlendPlan | None) -> Iterator[str]:
     """Yield what became of the documents that stand in the prompt."""
     if not findings.registered:
         yield "no documents are registered for this model"
         return
-    by_name = {document.document: document for document in findings.registered}
-    rows = [(run.offset, run.document, _state(findings, run, by_name.get(run.document))) for run in findings.runs]
+    loaded = {load.document for load in plan.loads} if plan else set()
+    rows = [
+        (run.offset, run.document, _state(findings, run, is_loaded=number in loaded))
+        for number, run in enumerate(findings.runs)
+    ]
     matched = {(run.offset, run.document) for run in findings.runs}
     unmatched = [(each.offset, each.document.document) for each in findings.places]
     rows += [(*each, _why_unused(findings, each[0])) for each in unmatched if each not in matched]
@@ -118,21 +117,24 @@ def _documents(findings: Findings) -> Iterator[str]:
         yield f"  {name!r} at token {offset:,}: {state}"
 
 
-def _state(findings: Findings, run: DocumentRun, registered: DocumentInfo | None) -> str:
+def _state(findings: Findings, run: DocumentRun, *, is_loaded: bool) -> str:
     """Say how much of a found document stands there, is held, and is used."""
     held = run.match.num_chunks * findings.chunk_tokens
     if not held:
         return "registered, nothing held: warm it again"
-    whole = registered.num_chunks * findings.chunk_tokens if registered else run.num_tokens
+    whole = max(  # of one id there may be several, of different tenants
+        (each.num_chunks * findings.chunk_tokens for each in findings.registered if each.document == run.document),
+        default=run.num_tokens,
+    )
     parts = [f"{run.num_tokens:,} tokens"]
     if run.num_tokens < whole:
         parts = [f"the first {run.num_tokens:,} of its {whole:,} tokens stand there, then the prompt differs or ends"]
     if held < run.num_tokens:
         parts.append(f"held only {held:,}: warm it again")
-    if held < DOCUMENT_TOKENS_MIN:
-        parts.append(f"fewer than {DOCUMENT_TOKENS_MIN} are not used")
     if run.offset == 0 and findings.exact_end:
         parts.append("at the very beginning it is an exact prefix")
+    elif not is_loaded:
+        parts.append("too little is held to be worth loading")
     return "; ".join(parts)
 
 

@@ -95,7 +95,7 @@ class TestSearching:
 
     def test_a_document_cut_off_by_the_ends_of_the_prompt_is_a_near_miss(self) -> None:
         document = tokens_of(text_of(1, 100))
-        _, (before,) = search(packed(document[10:]), [info("a", document)])
+        _, (before,) = search(packed([*document[10:], *document[:10]]), [info("a", document)])
         assert (before.offset, before.token, before.num_different) == (-10, 1, 10)
         _, (after,) = search(packed([1, *document[:40]]), [info("a", document)])
         assert (after.offset, after.token, after.num_different) == (1, 41, CHUNK_TOKENS - 40)
@@ -190,6 +190,11 @@ class Documents:
         self.engine.client.call(message, TIMEOUT_S)
         return text
 
+    def stats(self) -> tuple[object, int]:
+        """Return the server's token counters and the number of leases."""
+        stats = json.loads(self.engine.client.get("/v1/stats", TIMEOUT_S))
+        return stats["tokens"], stats["leases"]
+
 
 @pytest.fixture
 def documents(server: RunningServer, request: pytest.FixtureRequest) -> Iterator[Documents]:
@@ -212,22 +217,21 @@ def explain(
 
 
 class TestAgainstAServer:
-    def test_prefix_and_documents_are_found_in_any_order_and_nothing_is_leased(
-        self, engine: FakeEngine, documents: Documents, explain: Callable[..., str]
+    def test_prefix_and_documents_are_found_in_any_order_and_nothing_is_leased_or_counted(
+        self, documents: Documents, explain: Callable[..., str]
     ) -> None:
         prefix = text_of(10, 128)
         documents.engine.store(packed(tokens_of(prefix)))
         first, second, third = (documents.register(f"d{seed}", text_of(seed, 256)) for seed in (11, 12, 13))
         question = text_of(14, 50)
-        before = documents.engine.match(packed(tokens_of(prefix)), lease=False)
+        before = documents.stats()
         text = explain(token_ids=tokens_of(prefix + third + "x" + first + question))
         assert "found 2 of 3 registered documents" in text
-        assert "'d13' at token 128: 256 tokens" in text
+        assert "'d13' at token 128: 256 tokens\n" in text
         assert "'d11' at token 385: 256 tokens" in text
         assert "loaded 608 of 691 tokens (128 exactly, 480 approximately)" in text
         assert second not in text
-        assert before == documents.engine.match(packed(tokens_of(prefix)), lease=False)
-        assert json.loads(documents.engine.client.get("/v1/stats", TIMEOUT_S))["leases"] == 0
+        assert documents.stats() == before
 
     def test_a_glued_document_is_a_near_miss(self, documents: Documents, explain: Callable[..., str]) -> None:
         document = documents.register("a.txt", text_of(20, 200))
@@ -244,8 +248,20 @@ class TestAgainstAServer:
         rest = documents.register("rest", text_of(31, 256), num_stored=64)
         text = explain(token_ids=tokens_of("ab" + gone + rest))
         assert "'gone' at token 2: registered, nothing held: warm it again" in text
-        assert "'rest' at token 202: 256 tokens; held only 64: warm it again; fewer than 128 are not used" in text
+        assert (
+            "'rest' at token 202: 256 tokens; held only 64: warm it again; too little is held to be worth loading"
+            in text
+        )
         assert "loaded 0 of 458 tokens" in text
+        assert "blend" not in text
+
+    def test_a_document_whose_held_part_is_not_worth_its_first_tokens_says_so(
+        self, documents: Documents, explain: Callable[..., str]
+    ) -> None:
+        document = documents.register("a", text_of(35, 128))
+        text = explain(token_ids=tokens_of("ab" + document + "c"))
+        assert "'a' at token 2: 128 tokens; too little is held to be worth loading" in text
+        assert "loaded 0 of 131 tokens" in text
 
     def test_a_document_at_the_very_beginning_is_an_exact_prefix(
         self, documents: Documents, explain: Callable[..., str]
