@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--socket", metavar="PATH", help="the server's socket (default that of the default data directory)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON: a list of objects")
-    actions = parser.add_subparsers(metavar="remove ID")
+    actions = parser.add_subparsers(metavar="[remove ID]")
     remove = actions.add_parser(
         "remove",
         help="forget a document",
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     client = Client((args.socket or ServerConfig().socket).removeprefix("unix:"))
     if args.id is not None:
         removed = client.call(RemoveDocument(document=args.id), TIMEOUT_S).removed
-        print(f"{removed} documents removed" if removed else f"no document {args.id!r} is registered")
+        print(f"removed {removed} of id {args.id!r}" if removed else f"no document {args.id!r} is registered")
         return EXIT_DONE if removed else EXIT_NONE
     documents = list_documents(client)
     if args.json:

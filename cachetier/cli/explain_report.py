@@ -93,7 +93,7 @@ def _why_computed(findings: Findings, loads: Sequence[DocumentLoad], computed: R
 def _totals(findings: Findings, plan: BlendPlan | None) -> Iterator[str]:
     approximate = sum(load.end - load.start for load in plan.loads) if plan else 0
     exact, whole = findings.exact_end, findings.num_tokens
-    yield f"loaded {exact + approximate:,} of {whole:,} tokens ({exact:,} exactly, {approximate:,} approximately)"
+    yield f"would load {exact + approximate:,} of {whole:,} tokens ({exact:,} exactly, {approximate:,} approximately)"
     if approximate:
         yield BLENDING_NOTE
 

@@ -69,7 +69,7 @@ class TestListing:
         self, server: RunningServer, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert documents(server, "remove", "first") == 0
-        assert "1 documents removed" in capsys.readouterr().out
+        assert "removed 1 of id 'first'" in capsys.readouterr().out
         assert documents(server, "--json") == 0
         assert [each["document"] for each in json.loads(capsys.readouterr().out)] == ["a folder/second text"]
         assert documents(server, "remove", "first") == 1

@@ -139,12 +139,12 @@ class TestReporting:
             "472 to 776 load document 'b', from host memory (112) and disk (192)",
             "776 to 1,000 compute after what is held",
         ]
-        assert lines[6].startswith("loaded 672 of 1,000 tokens (128 exactly, 544 approximately)")
+        assert lines[6].startswith("would load 672 of 1,000 tokens (128 exactly, 544 approximately)")
         assert "found 2 of 3 registered documents" in lines
 
     def test_the_last_token_is_never_loaded(self) -> None:
         text = as_text(Findings(128, 64, match([TIER_HOST] * 2), [], [], [], []))
-        assert "loaded 127 of 128 tokens (127 exactly, 0 approximately)" in text
+        assert "would load 127 of 128 tokens (127 exactly, 0 approximately)" in text
         assert "no documents are registered for this model" in text
         assert "blend" not in text
 
@@ -229,7 +229,7 @@ class TestAgainstAServer:
         assert "found 2 of 3 registered documents" in text
         assert "'d13' at token 128: 256 tokens\n" in text
         assert "'d11' at token 385: 256 tokens" in text
-        assert "loaded 608 of 691 tokens (128 exactly, 480 approximately)" in text
+        assert "would load 608 of 691 tokens (128 exactly, 480 approximately)" in text
         assert second not in text
         assert documents.stats() == before
 
@@ -252,7 +252,7 @@ class TestAgainstAServer:
             "'rest' at token 202: 256 tokens; held only 64: warm it again; too little is held to be worth loading"
             in text
         )
-        assert "loaded 0 of 458 tokens" in text
+        assert "would load 0 of 458 tokens" in text
         assert "blend" not in text
 
     def test_a_document_whose_held_part_is_not_worth_its_first_tokens_says_so(
@@ -261,7 +261,7 @@ class TestAgainstAServer:
         document = documents.register("a", text_of(35, 128))
         text = explain(token_ids=tokens_of("ab" + document + "c"))
         assert "'a' at token 2: 128 tokens; too little is held to be worth loading" in text
-        assert "loaded 0 of 131 tokens" in text
+        assert "would load 0 of 131 tokens" in text
 
     def test_a_document_at_the_very_beginning_is_an_exact_prefix(
         self, documents: Documents, explain: Callable[..., str]
@@ -270,7 +270,7 @@ class TestAgainstAServer:
         text = explain(token_ids=tokens_of(document + "a question"))
         assert "found 1 of 1 registered documents" in text
         assert "'a' at token 0: at the very beginning: exact prefix" in text
-        assert "loaded 256 of 266 tokens (256 exactly, 0 approximately)" in text
+        assert "would load 256 of 266 tokens (256 exactly, 0 approximately)" in text
 
     def test_a_document_that_stands_there_only_in_part_says_so(
         self, documents: Documents, explain: Callable[..., str]
@@ -290,7 +290,7 @@ class TestAgainstAServer:
         assert "sesame" not in text
         text = explain(token_ids=tokens, cache_salt="sesame")
         assert "found 1 of 1 registered documents" in text
-        assert "loaded 240 of 258 tokens (0 exactly, 240 approximately)" in text
+        assert "would load 240 of 258 tokens (0 exactly, 240 approximately)" in text
 
     def test_texts_and_chats_are_explained_as_the_engine_would_see_them(
         self,
