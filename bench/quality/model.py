@@ -27,7 +27,7 @@ class Shape:
 
     vocab_size: int = VOCAB_SIZE
     hidden_size: int = 128
-    intermediate_size: int = 256
+    intermediate_size: int = 128
     num_layers: int = 4
     num_heads: int = 4
     head_size: int = 32
@@ -91,16 +91,18 @@ class Llama(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 small = (2 * shape.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-                nn.init.normal_(parameter, std=small * (0.02 if "embed" in name else shape.hidden_size**-0.5))
+                nn.init.normal_(parameter, std=small * (0.5 if "embed" in name else shape.hidden_size**-0.5))
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the last hidden states [batch, tokens, hidden] of `tokens`, each sequence attending to itself."""
+    def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return hidden states [batch, tokens, hidden] after the first layer, and the last ones, of whole sequences."""
         angles = rotation(positions, self.shape)
-        x = self.embed_tokens(tokens)
+        x, after_first = self.embed_tokens(tokens), None
         for layer in self.layers:
             q, k, v = layer.project(x, angles)
             x = layer.finish(x, scaled_dot_product_attention(q, k, v, is_causal=True))
-        return self.norm(x)
+            after_first = x if after_first is None else after_first
+        assert after_first is not None
+        return after_first, self.norm(x)
 
 
 def save(model: Llama, folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 Text consists of token ids; there is no tokenizer. A document is `DOC`, then words without meaning and facts. A fact is
 three tokens, `SET key value` or `SET key other_key` (an alias), and stands after the facts that it builds on. A
-question is `ASK key`, and its answer one token: the value at the end of the chain of aliases.
+question is `ASK key SAY`, and its answer one token: the value at the end of the chain of aliases. (`SAY` is there
+because an engine computes a prompt's last token by itself: it is the key that must be able to look for its fact before.)
 
 - **alias**: what a reader of the last document needs may stand in an earlier one.
 - **header**: the same, but the first document begins with `DOC mode`, and the mode permutes what every value means, in
@@ -21,9 +22,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-BOS, EOS, DOC, SET, ASK, UNKNOWN = range(6)
+BOS, EOS, DOC, SET, ASK, SAY, UNKNOWN = range(7)
 NUM_MODES, NUM_VALUES, NUM_KEYS = 3, 32, 64
-FIRST_MODE = 6
+FIRST_MODE = 7
 FIRST_VALUE = FIRST_MODE + NUM_MODES
 FIRST_KEY = FIRST_VALUE + NUM_VALUES
 FIRST_FILLER = FIRST_KEY + NUM_KEYS
@@ -63,7 +64,7 @@ class Laid:
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt: [BOS], the documents, `ASK key`."""
+    """One prompt: [BOS], the documents, `ASK key SAY`."""
 
     documents: tuple[Tokens, ...]
     asked: Tokens
@@ -142,9 +143,9 @@ def lay_out(rng: np.random.Generator, facts: list[Fact], num_tokens: int, mode: 
 
 def lay_questions(facts: list[Fact]) -> Laid:
     """Return questions, one after the other; no answer stands between them."""
-    tokens = np.array([[ASK, fact.key] for fact in facts], np.int32).reshape(-1)
-    labels = np.array([[NO_LABEL, fact.means] for fact in facts], np.int32).reshape(-1)
-    return Laid(tokens, labels, np.tile([True, False], len(facts)))
+    tokens = np.array([[ASK, fact.key, SAY] for fact in facts], np.int32).reshape(-1)
+    labels = np.array([[NO_LABEL, fact.means, fact.means] for fact in facts], np.int32).reshape(-1)
+    return Laid(tokens, labels, np.tile([True, False, False], len(facts)))
 
 
 def draw_question(
@@ -173,3 +174,8 @@ def draw_question(
     ]
     asked = lay_questions([fact]).tokens
     return Question(tuple(each.tokens for each in laid), asked, fact.means, kind, fact.num_aliases)
+
+
+def draw_questions(rng: np.random.Generator, task: str, count: int) -> list[Question]:
+    """Return `count` questions of each kind."""
+    return [draw_question(rng, task, kind) for kind in ("in", "across") for _ in range(count)]

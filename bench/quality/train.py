@@ -3,8 +3,10 @@
     python -m bench.quality.train alias
     python -m bench.quality.train header --start bench/quality/models/alias
 
-It begins with short texts in which facts stand close together, stretched by gaps in the positions instead of words to
-compute, and ends with prompts of the length that is asked about. It ends with the accuracy on prompts of another seed.
+It begins with short texts in which facts stand close together, goes on with gaps in the positions instead of words to
+compute, and ends with prompts of the length that is asked about. At first a throw-away head has the first layer tell
+the previous token: from there, looking up a key is found in half a minute, and without, not in many. The last thing
+printed is the accuracy on prompts of another seed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
@@ -51,11 +53,12 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.35, 64, (1, 2), (5, 8), (0, 2), 0),
-    Stage(0.60, 48, (1, 4), (5, 7), (0, 10), 512),
-    Stage(0.80, 24, (2, 6), (5, 7), (0, 40), 3000),
-    Stage(1.00, 4, (4, 6), (5, 7), (150, 230), 1000),
+    Stage(0.10, 32, (1, 1), (4, 6), (0, 2), 0),
+    Stage(0.30, 32, (1, 3), (4, 7), (0, 8), 256),
+    Stage(0.60, 16, (2, 5), (5, 7), (0, 40), 3000),
+    Stage(1.00, 2, (4, 6), (5, 7), (150, 230), 1000),
 )
+PREVIOUS_TOKEN_UNTIL = 0.30
 
 
 def draw_batch(rng: np.random.Generator, task: str, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,11 +100,13 @@ def _draw_text(
     return tokens, np.arange(len(tokens)) + spread.astype(np.int64), labels
 
 
-def loss_of(model: Llama, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Return the mean loss at the tokens that have a label."""
+def loss_of(model: Llama, previous: nn.Linear, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the mean loss at the tokens that have a label, and that of telling the previous token."""
     tokens, positions, labels = batch
+    after_first, last = model(tokens, positions)
     is_asked = labels != NO_LABEL
-    return cross_entropy(model.lm_head(model(tokens, positions)[is_asked]), labels[is_asked])
+    loss = cross_entropy(model.lm_head(last[is_asked]), labels[is_asked])
+    return loss, cross_entropy(previous(after_first[:, 1:]).flatten(0, 1), tokens[:, :-1].flatten())
 
 
 def rate_at(progress: float, step: int, peak: float) -> float:
@@ -118,7 +123,7 @@ def accuracies(model: Llama, task: str, seed: int, count: int) -> Iterator[tuple
         for _ in range(count):
             question = draw_question(rng, task, kind)
             tokens = torch.from_numpy(question.prompt).long()[None]
-            last = model(tokens, torch.arange(tokens.shape[1])[None])[0, -1]
+            last = model(tokens, torch.arange(tokens.shape[1])[None])[1][0, -1]
             found = int(model.lm_head(last).argmax())
             right.setdefault((kind, question.num_aliases), []).append(found == question.answer)
     for (kind, num_aliases), answers in sorted(right.items()):
@@ -130,15 +135,17 @@ def train(args: argparse.Namespace) -> Llama:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     model = load(args.start).train() if args.start else Llama()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+    previous = nn.Linear(model.shape.hidden_size, model.shape.vocab_size, bias=False)
+    weights = [*model.parameters(), *previous.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
     started, step, progress, num_tokens, losses = time.monotonic(), 0, 0.0, 0, list[float]()
     while progress < 1:
         stage = next(stage for stage in STAGES if progress < stage.until)
         batch = draw_batch(rng, args.task, stage)
-        loss = loss_of(model, batch)
-        loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
+        loss, loss_of_previous = loss_of(model, previous, batch)
+        (loss + loss_of_previous * (progress < PREVIOUS_TOKEN_UNTIL)).backward()
+        clip_grad_norm_(weights, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(progress, step, args.learning_rate)
         optimizer.step()
@@ -146,7 +153,7 @@ def train(args: argparse.Namespace) -> Llama:
         step, num_tokens, losses = step + 1, num_tokens + batch[0].numel(), [*losses[-49:], loss.item()]
         elapsed_s = time.monotonic() - started
         progress = elapsed_s / 60 / args.minutes
-        if step % 50 == 0:
+        if step % 100 == 0:
             mean = sum(losses) / len(losses)
             print(f"{elapsed_s:6.0f} s, step {step}, {num_tokens / 1e6:.2f} M tokens, loss {mean:.4f}", flush=True)
     return model.eval()
