@@ -35,7 +35,7 @@ def main() -> None:
         """Complete prompts greedily.
 
         Each is `{"id": ..., "tokens": [...]}`, perhaps with "params" (`kv_transfer_params`), "salt", "max_tokens",
-        "prompt_logprobs" and "adapter" (name, number, folder). With `reset_connector_in_flight`, the connector is
+        "logprobs", "prompt_logprobs" and "adapter" (name, number, folder). With `reset_connector_in_flight`, the connector is
         reset after the first output.
         """
         results: dict[str, dict] = {}
@@ -46,7 +46,7 @@ def main() -> None:
                 sampling = SamplingParams(
                     temperature=0,
                     max_tokens=prompt.get("max_tokens", max_tokens),
-                    logprobs=4,
+                    logprobs=prompt.get("logprobs", 4),
                     extra_args=extra,
                     ignore_eos=ignore_eos,
                     prompt_logprobs=prompt.get("prompt_logprobs"),
@@ -82,7 +82,9 @@ def main() -> None:
 
     def abort_after(prompt: dict, seconds: float) -> str:
         """Start one request and abort it."""
-        engine.add_request(prompt["id"], {"prompt_token_ids": prompt["tokens"]}, SamplingParams(max_tokens=64))
+        extra = {"kv_transfer_params": prompt["params"]} if prompt.get("params") else None
+        sampling = SamplingParams(max_tokens=64, extra_args=extra)
+        engine.add_request(prompt["id"], {"prompt_token_ids": prompt["tokens"]}, sampling)
         time.sleep(seconds)
         engine.abort_request([prompt["id"]])
         return "aborted"
