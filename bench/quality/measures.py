@@ -23,8 +23,8 @@ class Answer:
     """Log-probabilities [vocabulary] of the token after the prompt, and how the prompt's KV came about."""
 
     logprobs: NDArray[np.float32]
-    loaded: int = 0  # tokens
-    computed: int = 0  # tokens before the end of the last load that were not loaded
+    loaded: float = 0  # tokens of documents
+    computed: float = 0  # tokens in blend passes, those twice that were computed twice
 
 
 def divergence(full: Answer, other: Answer) -> float:
@@ -67,6 +67,6 @@ def rows_of(
         ("accuracy_in", mean(right["in"]), ""),
         ("agreement", agreement, ""),
         ("kl", kl, "nats"),
-        ("recomputed", mean(answer.computed for answer in answers), "tokens"),
+        ("tokens_computed", mean(answer.computed for answer in answers), "tokens"),
     ):
         yield row(question, contender, round(value, 4), unit, **given) | {"notes": notes}

@@ -1,4 +1,4 @@
-"""Blending simulated in plain torch, on the weights that the engine runs: what a real engine's answers are held against.
+"""Blending simulated in plain torch, on the weights that engines run: what the answers of a real one are held against.
 
     python -m bench.quality.reference            # writes bench/results/quality_reference.json
 
@@ -28,19 +28,21 @@ from bench.record import record
 CHUNK_TOKENS = 64
 SINK_TOKENS = 16
 PIECE_TOKENS = 16
-QUERY_TOKENS = 32  # the last before the prompt's last one, whose attention `query` goes by
-LATE_LAYERS = 2  # the last, in which it does
+# What `query` goes by: the attention of so many tokens after the documents, the prompt's last one left out (an engine
+# computes it later, to sample from), in the last layers.
+QUERY_TOKENS = 32
+LATE_LAYERS = 2
 
 
 @dataclass(frozen=True)
-class Blended:
-    """What comes out of a blended prompt: logits [vocabulary] and the attention paid to each token by the last ones."""
+class Computed:
+    """What comes out: logits [vocabulary] after the last token, and the attention [n] that the asking tokens paid."""
 
     logits: Tensor
     paid: Tensor
 
 
-def compute(model: Llama, tokens: Tensor, is_computed: Tensor, kv: KV) -> Blended:
+def compute(model: Llama, tokens: Tensor, is_computed: Tensor, kv: KV, num_asking: int = 0) -> Computed:
     """Compute some tokens of a prompt in place, the last one among them.
 
     Args:
@@ -48,6 +50,7 @@ def compute(model: Llama, tokens: Tensor, is_computed: Tensor, kv: KV) -> Blende
         tokens: [n].
         is_computed: [n]; which of them to compute.
         kv: of all n tokens, rotated to their positions; what is computed is written into it.
+        num_asking: tokens before the last one whose attention matters.
     """
     places = is_computed.nonzero().flatten()
     angles = rotation(places, model.shape)
@@ -59,8 +62,8 @@ def compute(model: Llama, tokens: Tensor, is_computed: Tensor, kv: KV) -> Blende
         weights = scores.softmax(-1)
         x = layer.finish(x, weights @ values)
         if number >= model.shape.num_layers - LATE_LAYERS:
-            paid += weights[:, -QUERY_TOKENS:].sum((0, 1))
-    return Blended(model.lm_head(model.norm(x[-1])), paid)
+            paid += weights[:, -1 - num_asking : -1].sum((0, 1))
+    return Computed(model.lm_head(model.norm(x[-1])), paid)
 
 
 def empty_kv(model: Llama, num_tokens: int) -> KV:
@@ -92,30 +95,34 @@ class Prompt:
 
     def full(self) -> Answer:
         """Answer with everything computed."""
-        return self._answer(torch.ones(len(self._tokens), dtype=torch.bool))[0]
+        return self._answer(self._run(torch.ones(len(self._tokens), dtype=torch.bool)), 0, 0)
 
     def blended(self, select: str, budget: float | None) -> Answer:
         """Answer with what `select` leaves of the documents' own KV."""
-        is_computed = torch.ones(len(self._tokens), dtype=torch.bool)
         loads = [(start + SINK_TOKENS * (select != "none"), end) for start, end in self._loads]
+        is_loaded = torch.zeros(len(self._tokens), dtype=torch.bool)
         for start, end in loads:
-            is_computed[start:end] = False
-        answer, paid = self._answer(is_computed)
+            is_loaded[start:end] = True
+        num_loaded, first = int(is_loaded.sum()), loads[0][0]
+        found = self._run(~is_loaded)
         if budget is None:
-            return answer
-        is_computed |= choose(paid, loads, budget)
-        return self._answer(is_computed)[0]
+            return self._answer(found, num_loaded, int((~is_loaded[: loads[-1][1]]).sum()))
+        num_computed = int((~is_loaded[:-1]).sum())
+        is_loaded &= ~choose(found.paid, loads, budget)
+        # In order of position, what had been computed with the loaded KV in view once more.
+        return self._answer(self._run(~is_loaded), num_loaded, num_computed + int((~is_loaded[first:-1]).sum()))
 
-    def _answer(self, is_computed: Tensor) -> tuple[Answer, Tensor]:
+    def _run(self, is_computed: Tensor) -> Computed:
         kv = [(keys.clone(), values.clone()) for keys, values in self._kv]
-        found = compute(self._model, self._tokens, is_computed, kv)
-        loaded = int((~is_computed).sum())
-        computed = int(is_computed[: self._loads[-1][1]].sum())
-        return Answer(found.logits.log_softmax(-1).numpy(), loaded, computed), found.paid
+        num_asking = min(QUERY_TOKENS, len(self._tokens) - 1 - self._loads[-1][1])
+        return compute(self._model, self._tokens, is_computed, kv, num_asking)
+
+    def _answer(self, found: Computed, loaded: int, computed: int) -> Answer:
+        return Answer(found.logits.log_softmax(-1).numpy(), loaded, computed)
 
 
 def choose(paid: Tensor, loads: list[tuple[int, int]], budget: float) -> Tensor:
-    """Return which tokens [n] to recompute: the pieces of the loads that most attention is paid to.
+    """Return which tokens [n] to recompute: the pieces of the loads that most attention is paid to, token for token.
 
     The next best piece is taken as long as it fits into `budget`, a share of the loaded tokens.
     """
@@ -124,13 +131,13 @@ def choose(paid: Tensor, loads: list[tuple[int, int]], budget: float) -> Tensor:
         for load_start, end in loads
         for start in range(load_start, end, PIECE_TOKENS)
     ]
-    left = budget * sum(end - start for start, end in loads)
+    left = int(budget * sum(end - start for start, end in loads))
     is_chosen = torch.zeros(len(paid), dtype=torch.bool)
-    for start, end in sorted(pieces, key=lambda piece: -float(paid[slice(*piece)].sum())):
-        if end - start > left:
+    for start, end in sorted(pieces, key=lambda piece: -float(paid[slice(*piece)].mean())):
+        left -= end - start
+        if left < 0:
             break
         is_chosen[start:end] = True
-        left -= end - start
     return is_chosen
 
 

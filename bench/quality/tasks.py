@@ -2,8 +2,9 @@
 
 Text consists of token ids; there is no tokenizer. A document is `DOC`, then words without meaning and facts. A fact is
 three tokens, `SET key value` or `SET key other_key` (an alias), and stands after the facts that it builds on. A
-question is `ASK key SAY`, and its answer one token: the value at the end of the chain of aliases. (`SAY` is there
-because an engine computes a prompt's last token by itself: it is the key that must be able to look for its fact before.)
+question is `ASK key SAY`, and its answer one token: the value at the end of the chain of aliases. (`SAY` is
+there because an engine computes the last token of a prompt apart, after tokens were selected by what the others attend
+to; the key has to be among those.)
 
 - **alias**: what a reader of the last document needs may stand in an earlier one.
 - **header**: the same, but the first document begins with `DOC mode`, and the mode permutes what every value means, in

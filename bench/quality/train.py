@@ -1,4 +1,4 @@
-"""Train a task's model, on one core in about a quarter of an hour, from text that is made as it goes and never repeated.
+"""Train the model of a task, on one core in a quarter of an hour, from text that is made as it goes and never repeated.
 
     python -m bench.quality.train alias
     python -m bench.quality.train header --start bench/quality/models/alias

@@ -35,8 +35,8 @@ def main() -> None:
         """Complete prompts greedily.
 
         Each is `{"id": ..., "tokens": [...]}`, perhaps with "params" (`kv_transfer_params`), "salt", "max_tokens",
-        "logprobs", "prompt_logprobs" and "adapter" (name, number, folder). With `reset_connector_in_flight`, the connector is
-        reset after the first output.
+        "logprobs", "prompt_logprobs" and "adapter" (name, number, folder). With `reset_connector_in_flight`, the
+        connector is reset after the first output.
         """
         results: dict[str, dict] = {}
         groups = [prompts] if at_once else [[prompt] for prompt in prompts]
