@@ -1,6 +1,7 @@
 """One engine with one server, asked with and without the tier, and counted: what the tests of features stand on."""
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,16 +50,22 @@ def prompt_of(seed: int, length: int, start: list[int] = (), **more) -> dict:
 class Stand:
     """An engine and its server."""
 
-    def __init__(self, folder: Path, **arguments) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, object] = PATIENT, **arguments) -> None:
+        """Start both; `settings` are the connector's, `arguments` are the engine's."""
         self.server = Server(folder)
         try:
-            self.connector = {"server": f"unix:{self.server.socket}"} | PATIENT
+            self.connector = {"server": f"unix:{self.server.socket}", **settings}
             self.engine = Engine(folder / "engine.log", self.connector, **arguments)
             self.engine.generate([{"id": "first", "tokens": list(range(50, 90))}])  # one-off costs
         except BaseException:
             self.server.kill()
             raise
         self._num_asked = 0
+
+    @property
+    def last_id(self) -> str:
+        """The id of the prompt that was asked last."""
+        return f"r{self._num_asked}"
 
     def stop(self) -> None:
         """Stop both in order, after a check that nothing was left behind or went wrong on the way."""
