@@ -87,17 +87,18 @@ class DocumentFile:
         living: dict[tuple[ChainKey, str], StoredDocument] = {}
         read_bytes = 0
         for start, end, sequence, document in _records(data):
-            read_bytes += end - start
             if sequence <= self._last_sequence:
                 continue  # left over from a write that failed, and was followed by another at the same place
+            read_bytes += end - start
             self._tail, self._last_sequence = end, sequence
             living.pop((document.tenant, document.id), None)
             if document.keys:
                 living[document.tenant, document.id] = document
-        if read_bytes < len(data):
+        is_damaged = read_bytes < len(data)
+        if is_damaged:
             _log.warning("%s: %d bytes are torn or damaged and left out", self._path, len(data) - read_bytes)
         documents = self._within_limit(list(living.values()))
-        if 2 * sum(map(record_bytes, documents)) < len(data) or self._tail < len(data):
+        if is_damaged or 2 * sum(map(record_bytes, documents)) < len(data):
             self._tidy(documents)
         return documents
 

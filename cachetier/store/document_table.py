@@ -15,6 +15,7 @@ from cachetier.storage.documents import DocumentFile, StoredDocument, record_byt
 
 DOCUMENTS_MAX = 1_000_000
 MEMORY_BYTES_MAX = 256 << 20  # of registrations when there is no file that bounds them
+VERSION_OF_NONE = 1
 
 _keys = attrgetter("keys")
 
@@ -50,7 +51,7 @@ class DocumentTable:
         self._limit_bytes = limit_bytes
         self._tenants: dict[ChainKey, Tenant] = {}
         self._num_documents = self.used_bytes = 0
-        self._last_version = secrets.randbits(52) + 1  # unlike those of an earlier run of the server, and never 0
+        self._last_version = VERSION_OF_NONE + secrets.randbits(52)  # unlike those of an earlier run of the server
 
     @classmethod
     def open(cls, file: DocumentFile | None) -> "DocumentTable":
@@ -115,8 +116,7 @@ class DocumentTable:
     def fingerprints(self, root: ChainKey) -> "tuple[int, array[int]]":
         """Return version and fingerprints (ascending, distinct) of a tenant's documents."""
         tenant = self._tenants.get(root)
-        # One that has no documents has no version: the last one of all is unlike any that it had before.
-        return (tenant.version, tenant.fingerprints) if tenant else (self._last_version, array("Q"))
+        return (tenant.version, tenant.fingerprints) if tenant else (VERSION_OF_NONE, array("Q"))
 
     def all(self) -> list[StoredDocument]:
         """Return all documents, tenant by tenant, in the order of their registration."""

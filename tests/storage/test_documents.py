@@ -100,6 +100,7 @@ def test_any_flipped_bit_costs_exactly_the_registration_that_it_hits(files: Faul
         hit = next(number for number, end in enumerate(ends) if bit // 8 < end)
         wanted = [*documents[:hit], *documents[hit + 1 :]]
         assert documents_in(files) == wanted
+        assert len(files.contents()[PATH]) == sum(map(record_bytes, wanted)), "the damage stayed in the file"
         assert documents_in(files) == wanted, "what was repaired differs from what was read"
 
 

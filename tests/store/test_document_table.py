@@ -81,7 +81,7 @@ class TestRegistering:
         assert shelf.sync(reply.version).fingerprints is None, "another document with a known fingerprint is no news"
         for name in "abcd":
             shelf.remove(name)
-        assert shelf.sync(reply.version).fingerprints == b""
+        assert shelf.sync(reply.version) == empty
 
     def test_documents_are_listed_page_by_page_in_order(self, shelf):
         names = [f"document {number}" for number in range(LISTED_MAX + 5)]
@@ -125,6 +125,15 @@ class TestKeeping:
         assert [each.document for each in shelf.listing().documents] == ["c", "b"]
         assert shelf.find(chunks("b", 9), [(0, fingerprint_of(chunks("b", 9)))]) == []
         assert len(shelf.find(chunks("new", 9), [(0, fingerprint_of(chunks("new", 9)))])) == 1
+
+    def test_documents_that_begin_alike_are_told_apart_after_a_restart(self, open_store):
+        shelf, shared = Shelf(open_store()), chunks("shared", 8)
+        texts = {name: shared + chunks(name, 2) for name in "abcdef"}
+        for name, text in texts.items():
+            shelf.register(name, text)
+        shelf = Shelf(open_store())
+        shelf.fingerprints = frozenset({fingerprint_of(shared)})
+        assert [shelf.places(text) for text in texts.values()] == [[(name, 0, 10)] for name in texts]
 
     def test_what_a_flush_waited_for_is_on_disk(self, open_store, tmp_path):
         shelf = Shelf(open_store())

@@ -132,6 +132,7 @@ class TestFinding:
         end = 9 * CHUNK_TOKENS
         for start, wanted in ((end - 1, [0, end]), (end, [end]), (2 * end - 1, [end]), (2 * end, [])):
             assert [offset for _, offset, _ in shelf.places(prompt, start=start)] == wanted
+        assert [run.offset for run in shelf.find(prompt, start=end, lease=False)] == [end]
         assert shelf.store.stats().leases == 0
 
     def test_without_a_lease_nothing_is_leased_promoted_or_counted(self, open_store):
