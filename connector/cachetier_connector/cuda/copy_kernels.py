@@ -8,6 +8,8 @@ since they are neighbours in a block. Nothing is compiled before the first launc
 import triton
 import triton.language as tl
 
+from cachetier_connector.cuda.rotate_kernel import rotated
+
 
 @triton.jit
 def vectors(address, index, unit: tl.constexpr, align_bytes: tl.constexpr):
@@ -88,13 +90,23 @@ def gather_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["layer_ptrs", "blocks", "sources", "unit_offsets", "first_token", "num_tokens", "skip_tokens"]
+    do_not_specialize=[
+        "layer_ptrs",
+        "blocks",
+        "sources",
+        "unit_offsets",
+        "table",
+        "first_token",
+        "num_tokens",
+        "skip_tokens",
+    ]
 )
 def scatter_kernel(
     layer_ptrs,
     blocks,
     sources,
     unit_offsets,
+    table,
     first_token,
     num_tokens,
     skip_tokens,
@@ -109,8 +121,17 @@ def scatter_kernel(
     block_stride: tl.constexpr,
     head_stride: tl.constexpr,
     token_stride: tl.constexpr,
+    first_dim: tl.constexpr,
+    half: tl.constexpr,
+    is_interleaved: tl.constexpr,
+    up: tl.constexpr,
+    scale: tl.constexpr,
+    largest: tl.constexpr,
 ):
-    """Copy the wanted tokens of staged chunks to rows of paged blocks; programs: (layer, tile, head), chunk."""
+    """Copy the wanted tokens of staged chunks to rows of paged blocks; programs: (layer, tile, head), chunk.
+
+    Unless `half` is 0, a unit is a number, and those that the model rotates are turned by the angles of `table`.
+    """
     num_tiles: tl.constexpr = (chunk_tokens * row_units + tile - 1) // tile
     program, chunk = tl.program_id(0), tl.program_id(1)
     head, layer = program % num_heads, program // num_heads // num_tiles
@@ -134,4 +155,10 @@ def scatter_kernel(
     )
     start = tl.load(sources + chunk) + tl.load(unit_offsets + head * num_layers + layer)
     source = vectors(start, index, unit, align_bytes)
-    tl.store(rows, tl.load(source, mask=is_wanted), mask=is_wanted)
+    units = tl.load(source, mask=is_wanted)
+    if half:
+        column = index % row_units
+        units = rotated(
+            units, start, index, column, is_wanted, table, unit, first_dim, half, is_interleaved, up, scale, largest
+        )
+    tl.store(rows, units, mask=is_wanted)

@@ -7,12 +7,13 @@ multiples of 16. With TRITON_INTERPRET=1 set before this is imported, everything
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from cachetier_blend.rotation import Rotary
 from cachetier_connector.cuda.copy_kernels import gather_kernel, scatter_kernel
 from cachetier_connector.cuda.digest_kernel import PAGES_A_PROGRAM, digest_kernel
 from cachetier_connector.cuda.launch import Launch
@@ -21,6 +22,30 @@ from cachetier_connector.cuda.paged_layers import PagedLayers
 TILE_UNITS_MAX = 2048  # 16 KiB in 16 accesses a thread: enough in flight to fill the memory's pipe
 COPY_WARPS = 4
 UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+# How types differ from float32, as `rotate_kernel` has it: up, scale, largest. Eight bits saturate, others overflow.
+NUMBERS = {
+    torch.float32: (0, 1.0, 0x7F800000),
+    torch.bfloat16: (16, 1.0, 0x7F80),
+    torch.float16: (13, 2.0**112, 0x7C00),
+    torch.float8_e5m2: (21, 2.0**112, 0x7B),
+    torch.float8_e4m3fn: (20, 2.0**120, 0x7E),
+}
+NOT_ROTATED = (0, 0, False, 0, 1.0, 0)
+
+
+class Rotation(NamedTuple):
+    """How to turn K on its way to paged blocks.
+
+    Attributes:
+        rotary: how the model rotates keys; K is the first part of a row.
+        dtype: of the numbers of a row, one of `NUMBERS`; a cache of eight-bit numbers may call itself uint8.
+        table: float32 on the device, the cosines and then the sines of `cachetier_blend.rotation.cos_sin`.
+    """
+
+    rotary: Rotary
+    dtype: torch.dtype
+    table: torch.Tensor
 
 
 def gather(
@@ -44,7 +69,7 @@ def gather(
             bytes in the canonical layout.
         stream: the driver's handle; the current stream without it.
     """
-    launch, num_programs = _copy_launch(layers, gather_kernel, chunk_tokens)
+    launch, num_programs = _copy_launch(layers, gather_kernel, chunk_tokens, layers.unit_bytes)
     launch((num_programs, num_chunks, 1), layers.layer_ptrs, blocks, targets, first_token, stream=stream)
 
 
@@ -58,6 +83,7 @@ def scatter(
     sources: torch.Tensor,
     unit_offsets: torch.Tensor,
     stream: int | None = None,
+    rotation: Rotation | None = None,
 ) -> None:
     """Copy tokens of consecutive chunks into paged blocks. No byte of any other slot is touched.
 
@@ -73,15 +99,23 @@ def scatter(
         unit_offsets: int64 `[num_heads * num_layers]` on the device, multiples of the row's bytes: token `t` of
             `(head, layer)` of chunk `c` is at `sources[c] + unit_offsets[head * num_layers + layer] + t * row_bytes`.
         stream: the driver's handle; the current stream without it.
+        rotation: turn K by the same angles for all tokens.
     """
     num_chunks = -(-(skip_tokens + num_tokens) // chunk_tokens)
-    launch, num_programs = _copy_launch(layers, scatter_kernel, chunk_tokens)
+    if rotation is None:
+        unit_bytes, table, how = layers.unit_bytes, unit_offsets, NOT_ROTATED  # a table that is not read
+    else:
+        rotary, dtype, table = rotation
+        unit_bytes, half = dtype.itemsize, rotary.rotary_dim // 2
+        how = (rotary.first_dim, half, rotary.is_interleaved, *NUMBERS[dtype])
+    launch, num_programs = _copy_launch(layers, scatter_kernel, chunk_tokens, unit_bytes, *how)
     launch(
         (num_programs, num_chunks, 1),
         layers.layer_ptrs,
         blocks,
         sources,
         unit_offsets,
+        table,
         first_token,
         num_tokens,
         skip_tokens,
@@ -107,30 +141,31 @@ def digest_pages(
     _digest_launch(sources.device)(grid, sources, page_bytes, digests, num_pages, stream=stream)
 
 
-def _tile_units(layers: PagedLayers, chunk_tokens: int) -> int:
-    return min(TILE_UNITS_MAX, int(triton.next_power_of_2(layers.chunk_units(chunk_tokens))))
-
-
-def _copy_launch(layers: PagedLayers, kernel: Any, chunk_tokens: int) -> tuple[Launch, int]:
-    """Return the launch, and how many programs a chunk needs."""
-    key = (kernel.__name__, chunk_tokens)
+def _copy_launch(
+    layers: PagedLayers, kernel: Any, chunk_tokens: int, unit_bytes: int, *more: Any
+) -> tuple[Launch, int]:
+    """Return the launch that moves units of `unit_bytes`, and how many programs a chunk needs."""
+    key = (kernel.__name__, chunk_tokens, *more)
     found = layers.launches.get(key)
     if found is None:
-        tile_units = _tile_units(layers, chunk_tokens)
+        row_units, scale = layers.row_bytes // unit_bytes, layers.unit_bytes // unit_bytes
+        num_units = chunk_tokens * row_units
+        tile_units = min(TILE_UNITS_MAX, int(triton.next_power_of_2(num_units)))
         constants = (
             chunk_tokens,
             layers.num_layers,
             layers.num_heads,
-            layers.row_bytes // layers.unit_bytes,
+            row_units,
             tile_units,
-            UNITS[layers.unit_bytes],
+            UNITS[unit_bytes],
             layers.align_bytes,
             layers.block_tokens,
-            layers.block_stride,
-            layers.head_stride,
-            layers.token_stride,
+            layers.block_stride * scale,
+            layers.head_stride * scale,
+            layers.token_stride * scale,
+            *more,
         )
-        num_programs = layers.num_heads * layers.num_layers * -(-layers.chunk_units(chunk_tokens) // tile_units)
+        num_programs = layers.num_heads * layers.num_layers * -(-num_units // tile_units)
         found = layers.launches[key] = Launch(kernel, constants, COPY_WARPS), num_programs
     return found
 

@@ -7,6 +7,7 @@ so that a launch pays for no look-up.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import gcd
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class PagedLayers:
         block_stride: from a block to the next.
         head_stride: from a head to the next.
         token_stride: from a token to the next.
-        launches: compiled kernels by kernel and chunk size, and how many programs a chunk needs.
+        launches: compiled kernels by kernel, chunk size and rotation, and how many programs a chunk needs.
     """
 
     caches: tuple[torch.Tensor, ...]
@@ -48,7 +49,7 @@ class PagedLayers:
     block_stride: int
     head_stride: int
     token_stride: int
-    launches: dict[tuple[str, int], tuple[Launch, int]] = field(default_factory=dict)
+    launches: dict[tuple[Any, ...], tuple[Launch, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, caches: Sequence[torch.Tensor]) -> "PagedLayers":

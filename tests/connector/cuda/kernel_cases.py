@@ -6,12 +6,14 @@ Caches and staging lie in byte buffers that are compared as a whole, so a byte w
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from cachetier.core.checksum import page_digests
 from cachetier.core.layout import PAGE_BYTES, round_up
-from cachetier_connector.cuda.kernels import digest_pages, gather, scatter
+from cachetier_blend.rotation import Rotary, cos_sin, rotate
+from cachetier_connector.cuda.kernels import Rotation, digest_pages, gather, scatter
 from cachetier_connector.cuda.paged_layers import PagedLayers
 
 # Each makes the layers' views `[blocks, heads, tokens, row]` from what lies in memory, and says how it lies there.
@@ -44,6 +46,14 @@ class Case:
     def num_blocks(self) -> int:
         """Blocks that the tokens of all chunks reach into."""
         return -(-(self.first_token + self.num_chunks * self.chunk_tokens) // self.block_tokens)
+
+
+class Turn(NamedTuple):
+    """How the keys of a case are turned on their way; `dtype` is what the numbers are, whatever the caches say."""
+
+    rotary: Rotary
+    dtype: torch.dtype
+    shift: int
 
 
 class Flat:
@@ -158,10 +168,12 @@ def check_gather(case: Case, device: torch.device) -> None:
     assert torch.equal(paged.flat.bytes.cpu(), expected.flat.bytes)
 
 
-def check_scatter(case: Case, device: torch.device) -> None:
+def check_scatter(case: Case, device: torch.device, turn: Turn | None = None) -> None:
     """Scatter chunks whose units are staged in no order, and compare all of the caches' memory."""
     expected, paged = Paged(case, torch.device("cpu")), Paged(case, device)
     source = Paged(replace(case, seed=case.seed + 2), torch.device("cpu")).canonical()
+    if turn is not None:  # random bytes are no good numbers
+        source = numbers_like(source, turn.dtype, case.seed)
     unit_bytes = case.chunk_tokens * paged.layers.row_bytes
     num_units = paged.layers.num_heads * case.num_layers
     order = random.Random(case.seed).sample(range(num_units + 1), num_units)
@@ -181,10 +193,40 @@ def check_scatter(case: Case, device: torch.device) -> None:
         case.chunk_tokens,
         numbers_on(device, [on_device.data_ptr() + offset for offset in offsets]),
         numbers_on(device, unit_offsets),
+        rotation=turn and Rotation(turn.rotary, turn.dtype, torch.cat(cos_sin(turn.shift, turn.rotary)).to(device)),
     )
-    expected.write(source)
+    expected.write(
+        source if turn is None else rotate(source.view(turn.dtype), turn.shift, turn.rotary).view(torch.uint8)
+    )
+    if turn is not None:
+        check_turned(paged, expected, turn)
     assert torch.equal(paged.flat.bytes.cpu(), expected.flat.bytes)
     assert torch.equal(on_device.cpu(), staged)
+
+
+def numbers_like(chunks: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Return the bytes of numbers for `chunks`, from subnormal ones to the largest."""
+    shape = (*chunks.shape[:-1], chunks.shape[-1] // dtype.itemsize)
+    generator, largest = torch.Generator().manual_seed(seed), min(torch.finfo(dtype).max, 1e4)
+    numbers = torch.randn(shape, generator=generator) * largest ** torch.empty(shape).uniform_(
+        -1, 1, generator=generator
+    )
+    return numbers.clamp(-largest, largest).to(dtype).view(torch.uint8)
+
+
+def check_turned(paged: Paged, expected: Paged, turn: Turn) -> None:
+    """Compare the numbers of the wanted tokens, then forget them: float32 may end on the other side of a half."""
+    tokens = [each.canonical().permute(0, 3, 1, 2, 4).flatten(0, 1) for each in (paged, expected)]
+    found, wanted = (each[: expected.case.num_tokens].contiguous().view(turn.dtype).float() for each in tokens)
+    limits, pair = torch.finfo(turn.dtype), 1e-6 * found.abs().amax(dim=-1, keepdim=True)
+    assert ((found - wanted).abs() <= limits.eps * wanted.abs().clamp(min=limits.smallest_normal) + pair).all()
+    rotated = slice(turn.rotary.first_dim, turn.rotary.first_dim + turn.rotary.rotary_dim)
+    if limits.bits < 32:
+        assert (found != wanted)[..., rotated].float().mean() < 0.01
+    found[..., rotated], wanted[..., rotated] = 0, 0
+    assert torch.equal(found, wanted)
+    for each in (paged, expected):
+        each.write(torch.zeros_like(each.canonical()))
 
 
 def check_round_trip(case: Case, device: torch.device) -> None:

@@ -1,0 +1,61 @@
+"""Keys that are turned on their way to paged blocks, against `cachetier_blend.rotation`; see `kernel_cases`."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cachetier_blend.rotation import read_rotary
+from cachetier_connector.cuda.kernels import NUMBERS
+from tests.connector.cuda.kernel_cases import FORMS, Case, Turn, check_scatter
+
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def turn_of(dtype: torch.dtype, is_interleaved: bool, rotary_dim: int, shift: int, first_dim: int = 0) -> Turn:
+    sizes: dict[str, Any] = {"head_size": rotary_dim, "rotary_dim": rotary_dim, "max_positions": 1 << 20}
+    return Turn(replace(read_rotary({}, is_interleaved=is_interleaved, **sizes), first_dim=first_dim), dtype, shift)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_the_wanted_keys_are_turned_and_no_other_byte_is_touched(form, device, data):
+    draw = data.draw
+    dtype = draw(st.sampled_from(list(NUMBERS)))
+    half, first_dim = draw(st.integers(1, 8)), draw(st.sampled_from([0, 0, 5]))
+    row = first_dim + 2 * half + draw(st.integers(0, 20))
+    chunk_tokens = draw(st.sampled_from([1, 3, 16, 24]))
+    skip_tokens = draw(st.integers(0, chunk_tokens - 1))
+    case = Case(
+        form,
+        draw(st.sampled_from([dtype, torch.uint8])) if dtype in EIGHT_BITS else dtype,
+        row,
+        block_tokens=draw(st.sampled_from([1, 5, 16])),
+        chunk_tokens=chunk_tokens,
+        first_token=draw(st.integers(0, 40)),
+        skip_tokens=skip_tokens,
+        drop_tokens=draw(st.integers(0, chunk_tokens - 1)),
+        seed=draw(st.integers(0, 99)),
+    )
+    shift = draw(st.integers(-100_000, 100_000))
+    check_scatter(case, device, turn_of(dtype, draw(st.booleans()), 2 * half, shift, first_dim))
+
+
+@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_heads_of_128_numbers_are_turned(dtype, is_interleaved, device):
+    case = Case("nhd", torch.uint8 if dtype in EIGHT_BITS else dtype, 256, 16, 64, num_layers=1, first_token=7)
+    check_scatter(case, device, turn_of(dtype, is_interleaved, 128, 1234))
+
+
+def test_one_layout_copies_and_turns_by_any_angle(device):
+    """What was prepared for one is not used for the other."""
+    case = Case("hnd", torch.bfloat16, 32, 16, 16)
+    check_scatter(case, device)
+    for shift in (0, 1, 5000):
+        check_scatter(case, device, turn_of(torch.bfloat16, False, 16, shift))
+    check_scatter(case, device)
