@@ -11,12 +11,13 @@ if not torch.cuda.is_available():
 
 from cachetier.core.layout import PAGE_BYTES
 from cachetier_connector.cuda.copy_kernels import gather_kernel
-from cachetier_connector.cuda.kernels import gather, scatter
+from cachetier_connector.cuda.kernels import NUMBERS, gather, scatter
 from cachetier_connector.cuda.paged_layers import PagedLayers
 from tests.connector.cuda.kernel_cases import (
     FORMS,
     Case,
     Paged,
+    Turn,
     check_digests,
     check_gather,
     check_round_trip,
@@ -79,6 +80,13 @@ class TestCopies:
 
     def test_scatter_writes_the_wanted_tokens_and_no_other_byte(self, case):
         check_scatter(case, DEVICE)
+
+
+@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_keys_are_turned_on_their_way(dtype, is_interleaved):
+    case = replace(LLAMA, dtype=BYTES if dtype.itemsize == 1 else dtype, first_token=7, skip_tokens=5, drop_tokens=9)
+    check_scatter(case, DEVICE, Turn.of(dtype, is_interleaved, 128, 31_000))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,7 +12,7 @@ import torch
 
 from cachetier.core.checksum import page_digests
 from cachetier.core.layout import PAGE_BYTES, round_up
-from cachetier_blend.rotation import Rotary, cos_sin, rotate
+from cachetier_blend.rotation import Rotary, cos_sin, read_rotary, rotate
 from cachetier_connector.cuda.kernels import Rotation, digest_pages, gather, scatter
 from cachetier_connector.cuda.paged_layers import PagedLayers
 
@@ -54,6 +54,12 @@ class Turn(NamedTuple):
     rotary: Rotary
     dtype: torch.dtype
     shift: int
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, is_interleaved: bool, rotary_dim: int, shift: int, first_dim: int = 0) -> "Turn":
+        """Turn by the frequencies of Llama 2."""
+        sizes: dict[str, int] = {"head_size": rotary_dim, "rotary_dim": rotary_dim, "max_positions": 4096}
+        return cls(replace(read_rotary({}, is_interleaved=is_interleaved, **sizes), first_dim=first_dim), dtype, shift)
 
 
 class Flat:

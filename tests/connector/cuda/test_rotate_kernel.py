@@ -1,23 +1,14 @@
 """Keys that are turned on their way to paged blocks, against `cachetier_blend.rotation`; see `kernel_cases`."""
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachetier_blend.rotation import read_rotary
 from cachetier_connector.cuda.kernels import NUMBERS
 from tests.connector.cuda.kernel_cases import FORMS, Case, Turn, check_scatter
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-def turn_of(dtype: torch.dtype, is_interleaved: bool, rotary_dim: int, shift: int, first_dim: int = 0) -> Turn:
-    sizes: dict[str, Any] = {"head_size": rotary_dim, "rotary_dim": rotary_dim, "max_positions": 1 << 20}
-    return Turn(replace(read_rotary({}, is_interleaved=is_interleaved, **sizes), first_dim=first_dim), dtype, shift)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -42,14 +33,14 @@ def test_the_wanted_keys_are_turned_and_no_other_byte_is_touched(form, device, d
         seed=draw(st.integers(0, 99)),
     )
     shift = draw(st.integers(-100_000, 100_000))
-    check_scatter(case, device, turn_of(dtype, draw(st.booleans()), 2 * half, shift, first_dim))
+    check_scatter(case, device, Turn.of(dtype, draw(st.booleans()), 2 * half, shift, first_dim))
 
 
 @pytest.mark.parametrize("is_interleaved", [False, True])
 @pytest.mark.parametrize("dtype", NUMBERS)
 def test_heads_of_128_numbers_are_turned(dtype, is_interleaved, device):
     case = Case("nhd", torch.uint8 if dtype in EIGHT_BITS else dtype, 256, 16, 64, num_layers=1, first_token=7)
-    check_scatter(case, device, turn_of(dtype, is_interleaved, 128, 1234))
+    check_scatter(case, device, Turn.of(dtype, is_interleaved, 128, 1234))
 
 
 def test_one_layout_copies_and_turns_by_any_angle(device):
@@ -57,5 +48,5 @@ def test_one_layout_copies_and_turns_by_any_angle(device):
     case = Case("hnd", torch.bfloat16, 32, 16, 16)
     check_scatter(case, device)
     for shift in (0, 1, 5000):
-        check_scatter(case, device, turn_of(torch.bfloat16, False, 16, shift))
+        check_scatter(case, device, Turn.of(torch.bfloat16, False, 16, shift))
     check_scatter(case, device)
