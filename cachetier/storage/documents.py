@@ -97,8 +97,8 @@ class DocumentFile:
         is_damaged = read_bytes < len(data)
         if is_damaged:
             _log.warning("%s: %d bytes are torn or damaged and left out", self._path, len(data) - read_bytes)
-        documents = self._within_limit(list(living.values()))
-        if is_damaged or 2 * sum(map(record_bytes, documents)) < len(data):
+        documents, living_bytes = self._within_limit(list(living.values()))
+        if is_damaged or 2 * living_bytes < len(data):
             self._tidy(documents)
         return documents
 
@@ -133,7 +133,8 @@ class DocumentFile:
         replace_file(self._files, self._path, data)
         self._tail = len(data)
 
-    def _within_limit(self, documents: list[StoredDocument]) -> list[StoredDocument]:
+    def _within_limit(self, documents: list[StoredDocument]) -> tuple[list[StoredDocument], int]:
+        """Return the newest documents that the limit has room for, and the bytes of their records."""
         size = sum(map(record_bytes, documents))
         num_forgotten = 0
         while size > self.living_bytes_max:
@@ -141,7 +142,7 @@ class DocumentFile:
             num_forgotten += 1
         if num_forgotten:
             _log.warning("%s: no room for %d documents, which are forgotten", self._path, num_forgotten)
-        return documents[num_forgotten:]
+        return documents[num_forgotten:], size
 
     def _tidy(self, documents: list[StoredDocument]) -> None:
         try:

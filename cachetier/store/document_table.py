@@ -90,7 +90,7 @@ class DocumentTable:
             )
         if old:
             self._take_out(old)
-        tenant = self._tenants.setdefault(document.tenant, Tenant())
+        tenant = self._tenant(document.tenant)
         tenant.by_id[document.id] = document
         alike = list(tenant.by_fingerprint.get(document.fingerprint, ()))
         if not alike:
@@ -140,8 +140,7 @@ class DocumentTable:
     def _recall(self, documents: Iterable[StoredDocument]) -> None:
         grouped: dict[tuple[ChainKey, int], list[StoredDocument]] = {}
         for document in documents:
-            tenant = self._tenants.setdefault(document.tenant, Tenant())
-            tenant.by_id[document.id] = document
+            self._tenant(document.tenant).by_id[document.id] = document
             grouped.setdefault((document.tenant, document.fingerprint), []).append(document)
             self._count(document, 1)
         for (root, fingerprint), alike in grouped.items():
@@ -163,6 +162,12 @@ class DocumentTable:
         if not tenant.by_id:
             del self._tenants[document.tenant]
         self._count(document, -1)
+
+    def _tenant(self, root: ChainKey) -> Tenant:
+        tenant = self._tenants.get(root)
+        if tenant is None:
+            tenant = self._tenants[root] = Tenant()
+        return tenant
 
     def _count(self, document: StoredDocument, sign: int) -> None:
         self._num_documents += sign
