@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachetier_connector.cuda.kernels import NUMBERS
-from tests.connector.cuda.kernel_cases import FORMS, Case, Turn, check_scatter
+from cachetier_connector.cuda.kernels import NUMBERS, Rotation, scatter
+from cachetier_connector.cuda.paged_layers import PagedLayers
+from tests.connector.cuda.kernel_cases import FORMS, Case, Turn, check_scatter, numbers_on
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -50,3 +51,24 @@ def test_one_layout_copies_and_turns_by_any_angle(device):
     for shift in (0, 1, 5000):
         check_scatter(case, device, Turn.of(torch.bfloat16, False, 16, shift))
     check_scatter(case, device)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in NUMBERS if dtype.itemsize < 4])
+def test_numbers_in_the_middle_of_two_become_the_even_one(dtype, device):
+    """Angles never lead there, so cosines are made up: 1 times them lies between two numbers of the type."""
+    cos = 1 + (2 * torch.arange(8) + 1) * torch.finfo(dtype).eps / 2
+    table = torch.cat([cos, torch.zeros(8)]).to(device)
+    cache = torch.zeros(1, 1, 1, 16, dtype=dtype, device=device)
+    staged = torch.ones(16, device=device).to(dtype)
+    scatter(
+        PagedLayers.of([cache]),
+        numbers_on(device, [0]),
+        0,
+        1,
+        0,
+        1,
+        numbers_on(device, [staged.data_ptr()]),
+        numbers_on(device, [0]),
+        rotation=Rotation(Turn.of(dtype, False, 16, 0).rotary, dtype, table),
+    )
+    assert cache.flatten().float().tolist() == torch.cat([cos, cos]).to(dtype).float().tolist()
