@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cachetier_blend.rotation import cos_sin, rotate
 from cachetier_connector.cuda.kernels import NUMBERS, Rotation, scatter
 from cachetier_connector.cuda.paged_layers import PagedLayers
 from tests.connector.cuda.kernel_cases import FORMS, Case, Turn, check_scatter, numbers_on
@@ -44,13 +45,22 @@ def test_heads_of_128_numbers_are_turned(dtype, is_interleaved, device):
     check_scatter(case, device, Turn.of(dtype, is_interleaved, 128, 1234))
 
 
-def test_one_layout_copies_and_turns_by_any_angle(device):
-    """What was prepared for one is not used for the other."""
-    case = Case("hnd", torch.bfloat16, 32, 16, 16)
-    check_scatter(case, device)
-    for shift in (0, 1, 5000):
-        check_scatter(case, device, Turn.of(torch.bfloat16, False, 16, shift))
-    check_scatter(case, device)
+def scatter_row(layers: PagedLayers, row: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
+    """Return what becomes of one row, which is all that the caches hold."""
+    ones = [numbers_on(row.device, numbers) for numbers in ([0], [row.data_ptr()], [0])]
+    scatter(layers, ones[0], 0, 1, 0, 1, ones[1], ones[2], rotation=rotation)
+    return layers.caches[0].flatten().cpu()
+
+
+def test_what_was_prepared_for_one_rotation_is_not_used_for_another(device):
+    layers = PagedLayers.of([torch.zeros(1, 1, 1, 16, device=device)])
+    row = torch.randn(16, generator=torch.Generator().manual_seed(0)).to(device)
+    turns = [Turn.of(torch.float32, is_interleaved, 8, shift) for is_interleaved in (False, True) for shift in (1, 700)]
+    turns += [Turn.of(torch.float32, False, 16, 1), Turn.of(torch.float32, False, 8, 1, first_dim=8)]
+    for rotary, dtype, shift in turns:
+        assert torch.equal(scatter_row(layers, row, None), row.cpu())
+        found = scatter_row(layers, row, Rotation(rotary, dtype, torch.cat(cos_sin(shift, rotary)).to(device)))
+        assert torch.allclose(found, rotate(row, shift, rotary).cpu(), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in NUMBERS if dtype.itemsize < 4])
@@ -58,17 +68,7 @@ def test_numbers_in_the_middle_of_two_become_the_even_one(dtype, device):
     """Angles never lead there, so cosines are made up: 1 times them lies between two numbers of the type."""
     cos = 1 + (2 * torch.arange(8) + 1) * torch.finfo(dtype).eps / 2
     table = torch.cat([cos, torch.zeros(8)]).to(device)
-    cache = torch.zeros(1, 1, 1, 16, dtype=dtype, device=device)
-    staged = torch.ones(16, device=device).to(dtype)
-    scatter(
-        PagedLayers.of([cache]),
-        numbers_on(device, [0]),
-        0,
-        1,
-        0,
-        1,
-        numbers_on(device, [staged.data_ptr()]),
-        numbers_on(device, [0]),
-        rotation=Rotation(Turn.of(dtype, False, 16, 0).rotary, dtype, table),
-    )
-    assert cache.flatten().float().tolist() == torch.cat([cos, cos]).to(dtype).float().tolist()
+    layers = PagedLayers.of([torch.zeros(1, 1, 1, 16, dtype=dtype, device=device)])
+    rotation = Rotation(Turn.of(dtype, False, 16, 0).rotary, dtype, table)
+    found = scatter_row(layers, torch.ones(16, device=device).to(dtype), rotation)
+    assert found.float().tolist() == torch.cat([cos, cos]).to(dtype).float().tolist()
