@@ -27,7 +27,7 @@ from cachetier_connector.cuda.kernels import digest_pages, gather, scatter
 from cachetier_connector.cuda.pool import DevicePools
 from cachetier_connector.cuda.probe_disk import MODE_DIRECT, MODE_HOST, probe
 from cachetier_connector.cuda.registration import Registration
-from cachetier_connector.cuda.staged_load import POOL_PAGES_MAX, StagedLoad
+from cachetier_connector.cuda.staged_load import POOL_PAGES_MAX, Keys, StagedLoad
 from cachetier_connector.cuda.staged_store import Snapshot, StagedStore
 from cachetier_connector.cuda.staging import NUM_SLOTS, Lane, Turns
 from cachetier_connector.plan import LoadOp
@@ -154,6 +154,7 @@ class StagedCopyEngine(CopyEngine):
                 lambda tiling, is_staged: self._plans.get(load.tilings[tiling], load.chunk_tokens, is_staged=is_staged),
                 self._pools,
                 self._direct,
+                Keys(self.rotary, _number_type(self._caches[0])) if self.rotary else None,
                 end,
             )
 
@@ -161,7 +162,7 @@ class StagedCopyEngine(CopyEngine):
         cache = self._caches[layer]
         rows = cache[torch.tensor(block_ids, device=cache.device)][..., : cache.shape[-1] // 2]
         keys = rows.transpose(0, 1).flatten(1, 2)[:, :num_tokens]
-        return keys.view(torch.float8_e4m3fn) if keys.dtype is torch.uint8 else keys
+        return keys.view(_number_type(cache))
 
     def read_with(self, reader: DirectReader) -> bool:
         """Have `reader` read chunks that lie in segment files; False: there was no moment without a load.
@@ -278,3 +279,8 @@ def _check_form(caches: Sequence[torch.Tensor], layout: KVLayout, shard: Shard) 
     expected = (shard.layer_end - shard.layer_start, shard.head_end - shard.head_start, layout.row_bytes)
     if found != expected:
         raise ConfigError(f"KV caches have (layers, heads, bytes a row) {found}, and the model says {expected}")
+
+
+def _number_type(cache: torch.Tensor) -> torch.dtype:
+    """Return what a cache's numbers are: vLLM calls those of eight bits uint8."""
+    return torch.float8_e4m3fn if cache.dtype is torch.uint8 else cache.dtype

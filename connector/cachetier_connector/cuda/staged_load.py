@@ -17,7 +17,7 @@ where one fails the load ends before that chunk.
 import logging
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,11 +25,12 @@ from cachetier.client import ArenaView
 from cachetier.core.errors import StorageError
 from cachetier.core.layout import DIGEST_BYTES, pool_frame_bytes
 from cachetier.core.pool_messages import POOL_FILL, POOL_NONE
+from cachetier_blend.rotation import Rotary, cos_sin
 from cachetier_connector.copy_base import LoadRun
 from cachetier_connector.cuda.device import Device
 from cachetier_connector.cuda.device_plan import DevicePlan
 from cachetier_connector.cuda.direct_reads import DirectReader, FileFrames, FileRead
-from cachetier_connector.cuda.kernels import digest_pages, scatter
+from cachetier_connector.cuda.kernels import Rotation, digest_pages, scatter
 from cachetier_connector.cuda.pool import DevicePools, PoolReads
 from cachetier_connector.cuda.stage_plan import ArenaMemory, StagePlan
 from cachetier_connector.cuda.staging import Lane, Turns, Use
@@ -45,6 +46,13 @@ ANY_FILE = ArenaMemory(0, 1 << 62)  # "addresses" in it are offsets in the file
 log = logging.getLogger(__name__)
 
 
+class Keys(NamedTuple):
+    """How the model rotates keys, and the dtype of their numbers."""
+
+    rotary: Rotary
+    dtype: torch.dtype
+
+
 class StagedLoad(LoadRun):
     """One load on a lane."""
 
@@ -58,11 +66,15 @@ class StagedLoad(LoadRun):
         plans_of: PlansOf,
         pools: DevicePools,
         direct: DirectReader | None,
+        keys: "Keys | None",
         on_end: Callable[[BaseException | None], None],
     ) -> None:
-        """Start; `on_end` is called once, with what went wrong, when nothing is under way any more."""
+        """Start; `on_end` is called once, with what went wrong, when nothing is under way any more.
+
+        `keys` are needed by loads that shift chunks.
+        """
         self._device, self._lane, self._arena, self._load = device, lane, arena, load
-        self._plans_of, self._direct, self._on_end = plans_of, direct, on_end
+        self._plans_of, self._direct, self._keys, self._on_end = plans_of, direct, keys, on_end
         self._own, self._reads = pools.own, PoolReads(pools, load.pools)
         self._fills: dict[int, int] = {}  # frame in the own pool, by number of the chunk
         self._filled: list[int] = []
@@ -159,8 +171,12 @@ class StagedLoad(LoadRun):
         """Enqueue what goes before all the rest. Another load's kernels must not wait for this one's blocks."""
         if not self._turns.is_alone:
             self._fence.synchronize()
+        numbers, load = self._load.block_ids, self._load
+        if load.shift:
+            assert self._keys is not None, "chunks are only shifted once it is known how keys are rotated"
+            numbers = [*numbers, *_packed(torch.cat(cos_sin(load.shift, self._keys.rotary)))]
         with self._turns:
-            self._blocks = self._device.upload(self._load.block_ids, self._lane.copies)
+            self._blocks = self._device.upload(numbers, self._lane.copies)
             if not self._fence.has_passed():
                 self._lane.kernels.wait_event(self._fence)
 
@@ -228,11 +244,15 @@ class StagedLoad(LoadRun):
         self, each: DevicePlan, num_chunks: int, use: Use, sources: torch.Tensor
     ) -> Callable[[int | None], None]:
         load = self._load
-        chunks_start = (load.first_chunk + self._num_pushed) * load.chunk_tokens
+        chunks_start = (load.first_chunk + self._num_pushed) * load.chunk_tokens + load.shift
         start = max(load.start, chunks_start)
         end = min(load.end, chunks_start + num_chunks * load.chunk_tokens)
         digests = use.digests(num_chunks, len(each.plan.page_bytes))
-        blocks = self._blocks.tensor
+        blocks, rotation = self._blocks.tensor, None
+        if load.shift:
+            assert self._keys is not None
+            table = blocks[len(load.block_ids) :].view(torch.float32)
+            rotation = Rotation(self._keys.rotary, self._keys.dtype, table)
 
         def work(stream: int | None) -> None:
             scatter(
@@ -245,6 +265,7 @@ class StagedLoad(LoadRun):
                 sources,
                 each.unit_offsets,
                 stream,
+                rotation,
             )
             digest_pages(sources, each.page_bytes, digests, stream)
 
@@ -259,3 +280,9 @@ class StagedLoad(LoadRun):
             frames = FileFrames(self._load.segments[chunk.segment - 1]) if chunk.segment else self._arena
             if not plan.matches(computed, chunk.frames, chunk.checksums, frames):
                 self._num_good, self._corrupt_key = first + number, chunk.key
+
+
+def _packed(numbers: torch.Tensor) -> list[int]:
+    """Return an even number of float32 as the int64 that have the same bytes."""
+    packed: list[int] = numbers.view(torch.int64).tolist()
+    return packed

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from cachetier.client import ArenaView
 from cachetier.core.checksum import object_checksum, page_digests
 from cachetier.core.layout import KVLayout, Shard, digests_offset, frame_bytes
 from cachetier.storage.arena import Arena
+from cachetier_blend.rotation import read_rotary, rotate
 from cachetier_connector.cuda.copy_cuda import StagedCopyEngine
 from cachetier_connector.plan import ChunkSource, HeldChunks, LoadOp
 
@@ -130,12 +132,53 @@ def load(rank: Rank, tier: Tier, op: LoadOp, chunks: Sequence[ChunkSource], grou
     return run.finish(), run.corrupt_key
 
 
+ROTARY = read_rotary(
+    {"rope_type": "default", "rope_theta": 100.0},
+    head_size=ROW // 2,
+    rotary_dim=ROW // 2,
+    is_interleaved=False,
+    max_positions=1000,
+)
+
+
+def finite_kv_of(seed: int, num_tokens: int) -> torch.Tensor:
+    """Return logical KV of ordinary bf16 numbers, as int16."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(HEADS, LAYERS, num_tokens, ROW, generator=generator).bfloat16().view(torch.int16)
+
+
 class CopyCases:
     """The cases. Subclasses have fixtures: `make` (an engine of the test's device) and `device`."""
 
     @pytest.fixture
     def tier(self, tmp_path: Path) -> Tier:
         return Tier(tmp_path)
+
+    @pytest.mark.parametrize("tiling", TILINGS)
+    @pytest.mark.parametrize("slot_bytes", [2 * CHUNK_BYTES, CHUNK_BYTES // 2])
+    def test_shifted_chunks_go_to_later_tokens_with_their_keys_turned(self, make, device, tier, tiling, slot_bytes):
+        rank = Rank(make, device, WHOLE[0], 6 * slot_bytes)
+        rank.engine.rotary = ROTARY
+        kv, shift, num_tokens = finite_kv_of(3, 3 * CHUNK), 21, 3 * CHUNK
+        start, end = shift + 5, shift + num_tokens - 3
+        blocks = blocks_for(shift + num_tokens)
+        before = rank.snapshot_of_blocks()
+        sources = [tier.put(kv, TILINGS[tiling], number) for number in range(3)]
+        op = replace(load_op([TILINGS[tiling]], blocks, start, end), first_chunk=0, shift=shift)
+        assert load(rank, tier, op, sources) == (3, None)
+        after = rank.snapshot_of_blocks()
+        tokens = torch.arange(start, end)
+        table, slots = torch.tensor(blocks)[tokens // BLOCK], tokens % BLOCK
+        found = after[:, table, slots].view(torch.bfloat16)
+        stored = kv[:, :, 5 : num_tokens - 3].permute(1, 2, 0, 3).view(torch.bfloat16)  # [layers, tokens, heads, row]
+        assert torch.equal(found[..., ROW // 2 :], stored[..., ROW // 2 :])
+        expected = rotate(stored[..., : ROW // 2], shift, ROTARY)
+        torch.testing.assert_close(found[..., : ROW // 2], expected, rtol=1 / 128, atol=1e-3)
+        assert not torch.equal(found[..., : ROW // 2], stored[..., : ROW // 2])
+        after[:, table, slots] = before[:, table, slots]
+        assert torch.equal(after, before), "nothing else was touched"
+        keys = rank.engine.read_keys(1, blocks, end)[:, start:]
+        assert torch.equal(keys.cpu(), found[1, ..., : ROW // 2].transpose(0, 1))
 
     @pytest.mark.parametrize("slot_bytes", [2 * CHUNK_BYTES, CHUNK_BYTES // 2])
     @pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS)

@@ -32,7 +32,18 @@ def gather(layers, blocks, first_token, num_chunks, chunk_tokens, targets, strea
         memory_at(target, data.numel()).copy_(data)
 
 
-def scatter(layers, blocks, first_token, num_tokens, skip_tokens, chunk_tokens, sources, unit_offsets, stream=None):
+def scatter(
+    layers,
+    blocks,
+    first_token,
+    num_tokens,
+    skip_tokens,
+    chunk_tokens,
+    sources,
+    unit_offsets,
+    stream=None,
+    rotation=None,
+):
     unit_bytes, row = chunk_tokens * layers.row_bytes, layers.row_bytes // 2
     num_chunks = -(-(skip_tokens + num_tokens) // chunk_tokens)
     assert len(sources) == num_chunks
@@ -43,9 +54,22 @@ def scatter(layers, blocks, first_token, num_tokens, skip_tokens, chunk_tokens, 
     ]
     staged = torch.stack(units).view(num_chunks, layers.num_heads, layers.num_layers, chunk_tokens, row)
     tokens = staged.permute(2, 0, 3, 1, 4).flatten(1, 2)[:, skip_tokens : skip_tokens + num_tokens]
+    if rotation is not None:
+        tokens = turned(tokens, rotation)
     block, slot = places(layers, blocks, first_token, num_tokens)
     for cache, rows in zip(layers.caches, tokens, strict=True):
         cache.view(torch.int16)[block, :, slot] = rows
+
+
+def turned(rows, rotation):
+    """Return rows `[..., K | V]` with NeoX pairs of K turned by the angles of the rotation's table."""
+    assert not rotation.rotary.is_interleaved
+    half = rotation.rotary.rotary_dim // 2
+    cos, sin = rotation.table[:half], rotation.table[half : 2 * half]
+    keys, rest = rows.view(rotation.dtype).split([2 * half, rows.shape[-1] - 2 * half], dim=-1)
+    first, second = keys.float().chunk(2, dim=-1)
+    keys = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((keys.to(rotation.dtype), rest), dim=-1).view(rows.dtype)
 
 
 def digest_pages(sources, page_bytes, digests, stream=None):
