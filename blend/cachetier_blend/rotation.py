@@ -97,7 +97,7 @@ def rotate(keys: torch.Tensor, shift: int, rotary: Rotary) -> torch.Tensor:
     cos, sin = (factor.to(keys.device) for factor in cos_sin(shift, rotary))
     limits = torch.finfo(keys.dtype)
     rotated = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
-    sources, targets = (rows.flatten(0, -2).split(ROWS_AT_ONCE) for rows in (keys, rotated))
+    sources, targets = (rows[None].flatten(0, -2).split(ROWS_AT_ONCE) for rows in (keys, rotated))
     for source, target in zip(sources, targets, strict=True):
         wide = source.to(torch.float32, copy=True)
         x, y = _pairs(wide, rotary)

@@ -257,5 +257,9 @@ class TestRotate:
         assert moved.isfinite().all()
         assert exact.eq(limit).any()
 
+    def test_one_row_needs_no_other_dimensions(self, is_interleaved):
+        rotary, keys = self.rotary(is_interleaved), random_keys(torch.float32)
+        assert torch.equal(rotate(keys[0, 0], 5, rotary), rotate(keys, 5, rotary)[0, 0])
+
     def test_no_rows_are_no_fault(self, is_interleaved):
         assert rotate(torch.zeros(0, 3, HEAD_SIZE), 5, self.rotary(is_interleaved)).shape == (0, 3, HEAD_SIZE)
