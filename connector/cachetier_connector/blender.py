@@ -60,7 +60,7 @@ class Blender:
             self._pass = BlendPass(model, vllm_config, spec, layers)
             error = self._try(rotary, vllm_config.model_config.max_model_len)
             self.refusal = "" if error <= TEST_ERROR_MAX else f"rotated keys differ by {error:.0%} from computed ones"
-            engine.rotary = rotary
+            engine.use_rotary(rotary)
         except CannotRotate as reason:
             self.refusal = str(reason)
         except Exception:  # the boundary to a model that nobody has tried this with

@@ -80,7 +80,7 @@ class CopyEngine(ABC):
     """Moves one rank's KV between its paged blocks and the arena.
 
     Attributes:
-        rotary: how the model rotates keys; set before the first load that shifts chunks. None: such a load fails.
+        rotary: how the model rotates keys, None: not known, and loads that shift chunks fail.
     """
 
     rotary: Rotary | None = None
@@ -97,6 +97,10 @@ class CopyEngine(ABC):
 
         False: `snapshot` copies into host memory, which `staging_bytes` bounds, and blocks may be reused at once.
         """
+
+    def use_rotary(self, rotary: Rotary) -> None:
+        """Get ready for loads that shift chunks. The worker's main thread, before the first load; may compile."""
+        self.rotary = rotary
 
     @property
     def pools(self) -> Pools | None:

@@ -19,11 +19,12 @@ import torch
 from cachetier.client import ArenaView
 from cachetier.core.errors import CachetierError, ConfigError
 from cachetier.core.layout import PAGE_BYTES, KVLayout, Shard
+from cachetier_blend.rotation import Rotary, cos_sin
 from cachetier_connector.copy_base import CopyEngine
 from cachetier_connector.cuda.device import CudaDevice, Device
 from cachetier_connector.cuda.device_plan import DevicePlans
 from cachetier_connector.cuda.direct_reads import DirectReader
-from cachetier_connector.cuda.kernels import digest_pages, gather, scatter
+from cachetier_connector.cuda.kernels import Rotation, digest_pages, gather, scatter
 from cachetier_connector.cuda.pool import DevicePools
 from cachetier_connector.cuda.probe_disk import MODE_DIRECT, MODE_HOST, probe
 from cachetier_connector.cuda.registration import Registration
@@ -88,7 +89,13 @@ class StagedCopyEngine(CopyEngine):
         self._pools = DevicePools(device, pool_bytes)
         self._direct: DirectReader | None = None
         self._direct_lane: Lane | None = None
-        self._warm_up(warm_up_tokens, int(caches[0].shape[0]))
+        self._warm_up_tokens = warm_up_tokens
+        self._warm_up(None)
+
+    def use_rotary(self, rotary: Rotary) -> None:
+        super().use_rotary(rotary)
+        keys = Keys(rotary, _number_type(self._caches[0]))
+        self._warm_up(Rotation(*keys, self._device.constant(torch.cat(cos_sin(0, rotary)).tolist(), torch.float32)))
 
     @property
     def block_tokens(self) -> int:
@@ -221,10 +228,14 @@ class StagedCopyEngine(CopyEngine):
                 self._is_broken = True
                 log.error("cachetier: the device has failed (%s); nothing is loaded or stored any more", error)
 
-    def _warm_up(self, chunk_tokens: int, num_blocks: int) -> None:
-        """Compile the kernels on the real shapes: copies a chunk out of the first blocks and back to where it was."""
+    def _warm_up(self, rotation: Rotation | None) -> None:
+        """Compile the kernels on the real shapes: copies a chunk out of the first blocks and back to where it was.
+
+        A `rotation` must be by no angle.
+        """
+        chunk_tokens = self._warm_up_tokens
         count = -(-chunk_tokens // self._block_tokens)
-        if count > num_blocks:
+        if count > self._caches[0].shape[0]:
             return
         lane, turns = self._store_lane, Turns(self._store_lane)
         blocks = self._device.upload(range(count), lane.kernels)
@@ -247,6 +258,7 @@ class StagedCopyEngine(CopyEngine):
                         staged,  # noqa: B023
                         each.unit_offsets,  # noqa: B023
                         stream,
+                        rotation,
                     )
 
                 self._device.launch(lane.kernels, work)

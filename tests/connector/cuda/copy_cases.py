@@ -158,7 +158,7 @@ class CopyCases:
     @pytest.mark.parametrize("slot_bytes", [2 * CHUNK_BYTES, CHUNK_BYTES // 2])
     def test_shifted_chunks_go_to_later_tokens_with_their_keys_turned(self, make, device, tier, tiling, slot_bytes):
         rank = Rank(make, device, WHOLE[0], 6 * slot_bytes)
-        rank.engine.rotary = ROTARY
+        rank.engine.use_rotary(ROTARY)
         kv, shift, num_tokens = finite_kv_of(3, 3 * CHUNK), 21, 3 * CHUNK
         start, end = shift + 5, shift + num_tokens - 3
         blocks = blocks_for(shift + num_tokens)
