@@ -57,6 +57,7 @@ def as_text(stats: dict[str, Any]) -> str:
         ("tokens asked for", f"{queried:,}"),
         ("of these loaded", hits),
         ("blended", _blended(stats)),
+        ("blends checked", _checked(stats["blend"])),
         ("tokens stored", f"{tokens['stored']:,}"),
         *((f"{tier} used", _filled(stats["bytes"][tier])) for tier in TIERS),
         ("chunks", f"{stats['chunks']:,}  " + "  ".join(f"{name} {stats[key]:,}" for name, key in CHUNKS)),
@@ -83,6 +84,14 @@ def _blended(stats: dict[str, Any]) -> str:
         f"{stats['requests']['blended']:,} requests: {blend['loaded']:,} tokens loaded, {blend['computed']:,} computed"
         f"  of {stats['documents']:,} documents"
     )
+
+
+def _checked(blend: dict[str, Any]) -> str:
+    """Return how far answers of blended requests are from those of a full computation."""
+    checked = blend["checked"]
+    if not checked:
+        return "none yet"
+    return f"{checked:,}: {blend['agreed'] / checked:.0%} agree on the next token, mean KL {blend['kl'] / checked:.3g}"
 
 
 def _share(part: int, whole: int) -> str:

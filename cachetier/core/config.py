@@ -127,6 +127,11 @@ class ConnectorConfig:
         choices=("none", "link", "query"),
     )
     blend_budget: float = setting(0.15, "query: the share of the reused tokens that is computed again, 0 to 1")
+    blend_guard: float = setting(
+        0.01,
+        "the share of blended requests whose prompt is computed again in full once they have ended, to count how much "
+        "blending changes answers, 0 to 1",
+    )
 
     def __post_init__(self) -> None:
         if self.server and not self.server.startswith("unix:"):
@@ -141,8 +146,9 @@ class ConnectorConfig:
         _at_least("device_staging_bytes", self.device_staging_bytes, MIB)
         if self.gpu_bytes:
             _at_least("gpu_bytes", self.gpu_bytes, MIB, "or 0 for no pool")
-        if not 0 <= self.blend_budget <= 1:
-            raise ConfigError(f"blend_budget is {self.blend_budget}; it must be between 0 and 1")
+        for name in ("blend_budget", "blend_guard"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
 
 
 Config = TypeVar("Config", ServerConfig, ConnectorConfig)

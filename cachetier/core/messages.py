@@ -279,6 +279,10 @@ class Report(Message, frozen=True):
         requests_blended: requests whose load from the middle of their prompt succeeded.
         blend_loaded_tokens: tokens that they loaded from documents.
         blend_computed_tokens: tokens before the end of their last document that they computed nevertheless.
+        blends_checked: blended requests whose prompts were computed again in full.
+        blends_agreed: those of them for which both choose the same token.
+        blends_kl: how far the full computation's distributions of the next token are from the blended ones, as the sum
+            of their Kullback-Leibler divergences in nats.
     """
 
     session: int
@@ -289,6 +293,9 @@ class Report(Message, frozen=True):
     requests_blended: int = 0
     blend_loaded_tokens: int = 0
     blend_computed_tokens: int = 0
+    blends_checked: int = 0
+    blends_agreed: int = 0
+    blends_kl: float = 0.0
 
 
 class ReadsDirectly(Message, frozen=True):

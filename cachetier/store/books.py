@@ -22,7 +22,16 @@ from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.host import HostTable
 from cachetier.store.leases import LeaseTable
 from cachetier.store.namespaces import NamespaceTable
-from cachetier.store.stats import Counters, EngineSpeeds, RequestCounts, Stats, TierBytes, TierSizes, TokenCounts
+from cachetier.store.stats import (
+    BlendChecks,
+    Counters,
+    EngineSpeeds,
+    RequestCounts,
+    Stats,
+    TierBytes,
+    TierSizes,
+    TokenCounts,
+)
 
 SALT_LENGTH_MAX = 1024
 EXTRA_BYTES_MAX = 1024
@@ -47,6 +56,7 @@ class Books:
     counters: Counters = field(default_factory=Counters)
     tokens: TokenCounts = field(default_factory=TokenCounts)
     requests: RequestCounts = field(default_factory=RequestCounts)
+    blend: BlendChecks = field(default_factory=BlendChecks)
     speeds: EngineSpeeds = field(default_factory=EngineSpeeds)
 
     def contents(self, tokens: bytes, extras: list[tuple[int, bytes]], salt: str) -> list[bytes]:
@@ -93,6 +103,7 @@ class Books:
                 msgspec.structs.replace(tokens.blend),
             ),
             requests=msgspec.structs.replace(self.requests),
+            blend=msgspec.structs.replace(self.blend),
             documents=len(self.documents),
             bytes=TierSizes(
                 TierBytes(gpu.used_bytes, gpu.limit_bytes),

@@ -43,6 +43,20 @@ class RequestCounts(msgspec.Struct):
     blended: int = 0
 
 
+class BlendChecks(msgspec.Struct):
+    """Counters of blended requests whose prompts engines computed again in full (the guard).
+
+    Attributes:
+        checked: such requests.
+        agreed: those of them for which both ways choose the same next token.
+        kl: sum of the Kullback-Leibler divergences between the two distributions of it, in nats.
+    """
+
+    checked: int = 0
+    agreed: int = 0
+    kl: float = 0.0
+
+
 class TierBytes(msgspec.Struct):
     """Bytes that a tier uses and the most that it may use."""
 
@@ -110,6 +124,7 @@ class Stats(msgspec.Struct):
         uptime_s: since the store opened.
         tokens: counters of tokens.
         requests: counters of requests.
+        blend: what checks of blended requests found.
         bytes: sizes of the tiers.
         chunks: distinct chunks held, in any tier.
         chunks_gpu: chunks with a copy in an engine's pool.
@@ -134,6 +149,7 @@ class Stats(msgspec.Struct):
     uptime_s: float
     tokens: TokenCounts
     requests: RequestCounts
+    blend: BlendChecks
     bytes: TierSizes
     chunks: int
     chunks_gpu: int

@@ -276,6 +276,9 @@ class Store:
             self._books.requests.blended += max(message.requests_blended, 0)
             self._books.tokens.blend.loaded += max(message.blend_loaded_tokens, 0)
             self._books.tokens.blend.computed += max(message.blend_computed_tokens, 0)
+            self._books.blend.checked += max(message.blends_checked, 0)
+            self._books.blend.agreed += max(message.blends_agreed, 0)
+            self._books.blend.kl += max(message.blends_kl, 0.0)
         return Empty()
 
     def reads_directly(self, message: ReadsDirectly) -> Empty:

@@ -24,6 +24,7 @@ PUBLIC_NAMES = (
         "bytes.host.limit",
     ),
     *("tokens.blend.loaded", "tokens.blend.computed", "requests.blended", "documents"),
+    *("blend.checked", "blend.agreed"),
     *("bytes.disk.used", "bytes.disk.limit", "chunks", "leases", "checksum_failures", "stores_dropped"),
 )
 
@@ -63,14 +64,24 @@ def test_text_tells_the_hit_rate(server: RunningServer, capsys: pytest.CaptureFi
     assert "of 16.0 MiB" in out
 
 
-def test_text_of_a_server_without_disk_and_without_queries() -> None:
+def empty_stats() -> dict[str, Any]:
     tier = {"used": 0, "limit": 0}
     counts = dict.fromkeys(("chunks", "chunks_gpu", "chunks_host", "chunks_durable", "leases", "sessions"), 0)
     counts |= dict.fromkeys(("stores_dropped", "loads_failed", "checksum_failures", "hits_cut", "tokens_cut"), 0)
-    counts |= {"requests": {"blended": 0}, "documents": 0}
+    counts |= {"requests": {"blended": 0}, "documents": 0, "blend": {"checked": 0, "agreed": 0, "kl": 0.0}}
     counts |= {"tokens_per_s": {"prefill": 0, "load": 0}, "disk_bytes_per_s": 0}
     tokens = {"queried": 0, "stored": 0, "hit": {"gpu": 0, "host": 0, "disk": 0}, "blend": {"loaded": 0, "computed": 0}}
-    assert "off" in as_text({"tokens": tokens, "bytes": {"gpu": tier, "host": tier, "disk": tier}, **counts})
+    return {"tokens": tokens, "bytes": {"gpu": tier, "host": tier, "disk": tier}, **counts}
+
+
+def test_text_of_a_server_without_disk_and_without_queries() -> None:
+    assert "off" in as_text(empty_stats())
+
+
+def test_text_tells_what_checks_of_blended_requests_found() -> None:
+    assert "none yet" in as_text(empty_stats())
+    checks = {"checked": 40, "agreed": 37, "kl": 1.0}
+    assert "40: 92% agree on the next token, mean KL 0.025" in as_text(empty_stats() | {"blend": checks})
 
 
 def test_no_server_is_exit_code_1_with_the_socket_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
