@@ -91,8 +91,8 @@ class Service:
             ListDocuments: store.documents.listing,
             RemoveDocument: store.documents.remove,
         }
-        for kind, call in calls.items():
-            app.router.add_post(PATH_OF[kind], self._message_handler(kind, call))
+        for kind, path in PATH_OF.items():
+            app.router.add_post(path, self._message_handler(kind, calls[kind]))
         app.router.add_get(f"/v{API_VERSION}/session/{{session:[0-9]{{1,20}}}}/watch", self._watch)
         app.router.add_get(f"/v{API_VERSION}/stats", self._stats)
         app.router.add_get(f"/v{API_VERSION}/namespaces", self._namespaces)

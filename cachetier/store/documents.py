@@ -71,15 +71,14 @@ class Documents:
         books = self._books
         _check(message)
         contents = books.contents(message.tokens, [], message.salt)
-        num_tokens = len(message.tokens) // TOKEN_BYTES
         root = self._root(message)
-        if num_tokens < max(DOCUMENT_TOKENS_MIN, books.chunk_tokens):
+        if len(contents) * books.chunk_tokens < DOCUMENT_TOKENS_MIN:
             return RegisterDocumentReply(num_chunks=0)
         document = StoredDocument(
             tenant=root,
             namespace=NamespaceId(message.namespace),
             id=message.document,
-            num_tokens=num_tokens,
+            num_tokens=len(message.tokens) // TOKEN_BYTES,
             keys=b"".join(books.hasher.chain(root, contents)),
             fingerprint=message.fingerprint,
             first_tokens=contents[0],
