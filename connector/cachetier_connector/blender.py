@@ -18,7 +18,7 @@ from cachetier_blend.scoring import PIECE_TOKENS, QUERY_TOKENS, attention_paid, 
 from cachetier_connector.copy_base import CopyEngine
 from cachetier_connector.facts import EngineFacts
 from cachetier_connector.model_keeper import loaded_model
-from cachetier_connector.plan import BlendOp
+from cachetier_connector.plan import BlendOp, CheckOp, Verdict
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,8 +54,10 @@ class Blender:
         self._finished: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._computed: dict[str, int] = {}
+        self._blended_logits: torch.Tensor | None = None
+        self._verdict: Verdict | None = None
         try:
-            model = _the_model()
+            self._model = model = _the_model()
             rotary = _rotary_of(model, vllm_config)
             self._pass = BlendPass(model, vllm_config, spec, layers)
             error = self._try(rotary, vllm_config.model_config.max_model_len)
@@ -80,6 +82,27 @@ class Blender:
         for op in ops:
             if op.is_last:
                 self._finish(op)
+
+    def check(self, op: CheckOp) -> None:
+        """Compute a piece of a blended prompt again; with the last one, compare the answers and wait for the result."""
+        try:
+            hidden = self._pass.compute([PassRun(np.frombuffer(op.tokens, np.int32).copy(), op.start, op.block_ids)])
+            if not op.answer:
+                return
+            with torch.inference_mode():
+                logits = self._model.compute_logits(hidden[-1:])  # None on the ranks that vLLM does not gather them on
+            if op.answer == "blended":
+                self._blended_logits = logits
+            elif logits is not None and self._blended_logits is not None:
+                self._verdict = compare_answers(logits, self._blended_logits)
+        except Exception as error:
+            self._blended_logits = None
+            log.exception("cachetier: blended request %s could not be checked: %s", op.request_id, error)
+
+    def take_verdict(self) -> Verdict | None:
+        """Return what a check has found since the last call; None on ranks without the model's answers."""
+        verdict, self._verdict = self._verdict, None
+        return verdict
 
     def take_finished(self) -> set[str]:
         """Return the requests whose last run was launched since the last call."""
@@ -167,6 +190,13 @@ class Blender:
         refuses = torch.tensor([1.0 if self.refusal else 0.0], device=get_tp_group().device)
         if float(get_tp_group().all_reduce(refuses)) and not self.refusal:
             self.refusal = "another rank refuses; its log has more"
+
+
+def compare_answers(full: torch.Tensor, blended: torch.Tensor) -> Verdict:
+    """Compare the logits of the next token, `[1, vocabulary]` each, after a full and a blended computation."""
+    scores, blended_scores = (logits.float().log_softmax(dim=-1) for logits in (full, blended))
+    terms = scores.exp() * (scores - blended_scores)  # NaN for tokens that a model excludes with -inf
+    return Verdict(max(0.0, float(terms.nan_to_num(nan=0.0).sum())), bool(full.argmax() == blended.argmax()))
 
 
 def _pass_run(op: BlendOp, start: int, end: int) -> PassRun:

@@ -17,7 +17,7 @@ from cachetier.client import ServerHandle, ensure_server
 from cachetier.core.config import ConnectorConfig
 from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST
 from cachetier_connector.facts import read_facts, read_identity, recompute_failed_loads
-from cachetier_connector.plan import StepPlan
+from cachetier_connector.plan import StepPlan, Verdict
 from cachetier_connector.scheduler_half import SchedulerHalf
 from cachetier_connector.worker_half import WorkerHalf
 
@@ -60,6 +60,7 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
             meanwhile.
         computed: how many tokens blend passes computed in the step, by request.
         refusal: why the worker blends nothing, once it knows.
+        verdict: what a check of a blended request found, on the ranks that know.
     """
 
     step: int = 0
@@ -67,6 +68,7 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     parts: dict[str, dict[int, list[int]]] = dataclasses.field(default_factory=dict)
     computed: dict[str, int] = dataclasses.field(default_factory=dict)
     refusal: str = ""
+    verdict: Verdict | None = None
 
     def aggregate(self, other: "KVConnectorWorkerMetadata") -> "StepReport":
         """Return what two ranks tell: a load is as slow as its slowest rank, and all compute the same."""
@@ -76,8 +78,8 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
         for name, ends_of in self.parts.items():
             merged = parts.setdefault(name, {})
             merged.update({part: ends + merged.get(part, []) for part, ends in ends_of.items()})
-        refusal = self.refusal or other.refusal
-        return StepReport(self.step, other.load_s | slowest, parts, other.computed | self.computed, refusal)
+        refusal, verdict = self.refusal or other.refusal, self.verdict or other.verdict
+        return StepReport(self.step, other.load_s | slowest, parts, other.computed | self.computed, refusal, verdict)
 
 
 class PrivateServer:
@@ -155,6 +157,8 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if report is not None:
             self._scheduling.learn(report.step, report.load_s)
             self._scheduling.learn_of_blends(report.parts, report.computed, report.refusal)
+            if report.verdict is not None:
+                self._scheduling.learn_of_check(report.verdict)
         self._scheduling.update_from_workers(
             connector_output.finished_recving or (), connector_output.invalid_block_ids or set()
         )
@@ -197,6 +201,7 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
             working.take_parts(),
             working.take_computed(),
             working.take_refusal(),
+            working.take_verdict(),
         )
         return None if report == StepReport() else report
 

@@ -127,6 +127,15 @@ class Matcher:
             )
         )
 
+    def report_check(self, kl: float, *, agrees: bool) -> None:
+        """Count a blended request that was computed again in full, and how far the answers were apart."""
+        self._submit(
+            lambda: self._link.call(
+                lambda session: Report(session=session, blends_checked=1, blends_agreed=int(agrees), blends_kl=kl),
+                self._release_s,
+            )
+        )
+
     def register_document(self, tracked: TrackedRequest, ticket: MatchTicket) -> None:
         """Register the prompt of a request that has ended, and was matched by `ticket`, as a document. Never blocks."""
         request = tracked.request

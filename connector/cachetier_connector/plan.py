@@ -160,6 +160,33 @@ class BlendOp(msgspec.Struct, frozen=True, kw_only=True):
     select: Selection | None = None
 
 
+class CheckOp(msgspec.Struct, frozen=True, kw_only=True):
+    """Compute tokens of a blended prompt again, in place: see `BlendGuard`.
+
+    Attributes:
+        request_id: vLLM's id.
+        start: position of the first of `tokens`.
+        tokens: to compute, little-endian int32.
+        block_ids: the request's block table from its first block on.
+        answer: what the last of them, the prompt's last one, tells of the next token: "blended" or "full", which is
+            then compared with the former; empty: it is not the last one.
+    """
+
+    request_id: str
+    start: int
+    tokens: bytes
+    block_ids: list[int]
+    answer: str
+
+
+class Verdict(NamedTuple):
+    """What a check has found: the divergence of the full distribution from the blended one, in nats, and whether both
+    have the same most likely token."""
+
+    kl: float
+    agrees: bool
+
+
 class StepPlan(msgspec.Struct, kw_only=True):
     """What the workers do in one step.
 
@@ -170,6 +197,7 @@ class StepPlan(msgspec.Struct, kw_only=True):
         stores_after: from blocks that this step's forward pass completes.
         loads: started in the background.
         blends: computed in this step, together, on all ranks in this order.
+        check: computed in this step on all ranks.
         preempted: requests whose blocks are others' from now on; no store that is still queued may read them.
         finished: requests whose chains are no longer needed.
         held: those of `finished` whose blocks vLLM keeps until every worker has reported that it reads them no more.
@@ -181,6 +209,7 @@ class StepPlan(msgspec.Struct, kw_only=True):
     stores_after: list[StoreOp] = []
     loads: list[LoadOp] = []
     blends: list[BlendOp] = []
+    check: CheckOp | None = None
     preempted: list[str] = []
     finished: list[str] = []
     held: list[str] = []

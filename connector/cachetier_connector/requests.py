@@ -73,6 +73,7 @@ class TrackedRequest:
         has_stores: chunks in the blocks that it has now were handed to the workers.
         is_finished: vLLM is done with it, except for a load under way.
         blend: what is loaded and computed if the next or present load is a blend.
+        is_blended: its blocks hold what was loaded and computed in a blend that is complete.
         exact_end: KV from this token on may be approximate, and is not stored; None: all is exact.
     """
 
@@ -94,6 +95,7 @@ class TrackedRequest:
     has_stores: bool = False
     is_finished: bool = False
     blend: BlendPlan | None = None
+    is_blended: bool = False
     exact_end: int | None = None
 
     @property

@@ -17,13 +17,14 @@ import msgspec
 
 from cachetier.core.keys import KEY_BYTES, TOKEN_BYTES, ModelIdentity
 from cachetier.core.messages import TIER_HOST
+from cachetier_connector.blend_guard import BlendGuard
 from cachetier_connector.blend_schedule import BlendSchedule
 from cachetier_connector.break_even import BreakEven, Hit
 from cachetier_connector.facts import EngineFacts, is_addressable, may_read
 from cachetier_connector.link import ServerLink
 from cachetier_connector.load_ops import blend_loads, load_op, tiers_of_load
 from cachetier_connector.matcher import Matcher
-from cachetier_connector.plan import StepPlan, StoreOp, first_failed_token, loadable_end, tokens_to_bytes
+from cachetier_connector.plan import StepPlan, StoreOp, Verdict, first_failed_token, loadable_end, tokens_to_bytes
 from cachetier_connector.prefill_rate import work_of
 from cachetier_connector.requests import MatchTicket, TrackedRequest
 from cachetier_connector.wishes import wishes_of
@@ -53,7 +54,7 @@ class SchedulerHalf:
         self._facts = facts
         self._requests: dict[str, TrackedRequest] = {}
         self._break_even, self._step = BreakEven(), 0
-        self._blends = BlendSchedule(facts)
+        self._blends, self._guard = BlendSchedule(facts), BlendGuard(facts)
         self._plan = StepPlan()
         self._may_wait = True
         self._socket_path = ""
@@ -170,6 +171,10 @@ class SchedulerHalf:
             if tracked is not None and tracked.may_store:
                 self._plan.stores_after += self._stores(tracked, tracked.request.num_tokens)
         self._plan.blends = self._blends.next_ops()
+        self._plan.check = self._guard.next_op(is_free=not self._plan.blends)
+        checked = self._guard.take_ended()
+        self._plan.finished += checked
+        self._plan.held += checked
         if self._facts.keeps_blocks:  # all of them: one that ended since is not tracked any more
             self._plan.preempted = list(output.preempted_req_ids or ())
         plan, self._plan = self._plan, StepPlan()
@@ -177,7 +182,7 @@ class SchedulerHalf:
         if output.num_scheduled_tokens:
             self._step += 1
             plan.step = self._step
-            if not plan.blends:  # else the step takes longer than its own work does
+            if not plan.blends and plan.check is None:  # else the step takes longer than its own work does
                 self._break_even.prefill.begin(self._step, work_of(output), time.monotonic())
         plan.socket_path = self._socket_path
         return plan
@@ -201,6 +206,11 @@ class SchedulerHalf:
             if self._blends.failed(tracked):
                 self._matcher.report_failed_load()
             self._matcher.release(tracked.ticket, tiers_of_load(tracked, *tracked.loading))
+
+    def learn_of_check(self, verdict: Verdict) -> None:
+        """Learn how far the answer to a blended request is from that of a full computation."""
+        self._guard.learn(verdict)
+        self._matcher.report_check(verdict.kl, agrees=verdict.agrees)
 
     def update_from_workers(self, finished_loading: Iterable[str], bad_blocks: set[int]) -> None:
         """Learn which loads ended, and which blocks they could not fill (perhaps in an earlier step)."""
@@ -228,16 +238,19 @@ class SchedulerHalf:
         must_keep = self._facts.keeps_blocks and tracked.has_stores and tracked.loading is None
         if tracked.wishes.document and tracked.ticket is not None:
             self._matcher.register_document(tracked, tracked.ticket)
-        self._plan.finished.append(tracked.id)
-        self._plan.held += [tracked.id] if must_keep else []
+        is_checked = self._guard.begin(tracked)
+        if not is_checked:  # else when that is done
+            self._plan.finished.append(tracked.id)
+            self._plan.held += [tracked.id] if must_keep else []
         if tracked.loading is None:
             self._forget(tracked)
-        return must_keep
+        return must_keep or is_checked
 
     def reset(self) -> None:
         """Start a new generation: the engine's weights may have changed."""
         for tracked in self._requests.values():
-            tracked.may_load = tracked.may_store = False
+            tracked.may_load = tracked.may_store = tracked.is_blended = False
+        self._guard.drop()
         self._matcher.start_generation(secrets.randbits(62))
 
     def stop(self) -> None:
@@ -282,6 +295,7 @@ class SchedulerHalf:
         tiers = tiers_of_load(tracked, start, end)
         if tracked.blend is not None:
             self._matcher.report_blend(*self._blends.end(tracked))
+            tracked.is_blended = tracked.failed_at is None
             tracked.may_blend = False  # not again after a preemption: what follows it would depend on luck
         elif tracked.failed_at is None and tiers.keys() == {TIER_HOST}:
             self._break_even.load.learn(end - start, tracked.load_s)
@@ -298,7 +312,8 @@ class SchedulerHalf:
         scheduled = output.num_scheduled_tokens
         for request_id in output.preempted_req_ids or ():
             if tracked := self._requests.get(request_id):  # its blocks are others' now
-                tracked.block_ids, tracked.computed_end, tracked.has_stores = [], 0, False
+                tracked.block_ids, tracked.computed_end = [], 0
+                tracked.has_stores = tracked.is_blended = False
                 if self._facts.keeps_blocks:  # what is queued is dropped; what is held by then costs one message
                     tracked.next_chunk = 0
         for new in output.scheduled_new_reqs:

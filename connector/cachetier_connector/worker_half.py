@@ -17,7 +17,7 @@ from cachetier_connector.copy_factory import make_copy_engine
 from cachetier_connector.facts import EngineFacts, layers_in_order, rank_of
 from cachetier_connector.link import ServerLink
 from cachetier_connector.loader import Loader
-from cachetier_connector.plan import StepPlan, StoreOp
+from cachetier_connector.plan import StepPlan, StoreOp, Verdict
 from cachetier_connector.storer import Storer
 
 if TYPE_CHECKING:
@@ -92,12 +92,15 @@ class WorkerHalf:
             self._storer.finish(plan.finished, plan.held)
 
     def start_loads(self, plan: StepPlan) -> None:
-        """Start the plan's loads in the background, and compute what it blends."""
+        """Start the plan's loads in the background, and compute what it blends or checks."""
         for load in plan.loads:
             self._loader.submit(load)
         if plan.blends:
             assert self._blender is not None, "the scheduler half knows what workers refuse"
             self._blender.carry_out(plan.blends)
+        if plan.check is not None:
+            assert self._blender is not None, "what was blended was blended by it"
+            self._blender.check(plan.check)
 
     def after_forward(self, plan: StepPlan) -> None:
         """Take what the forward pass completed."""
@@ -122,6 +125,10 @@ class WorkerHalf:
     def take_computed(self) -> dict[str, int]:
         """Return how many tokens blend passes computed since the last call, by request."""
         return self._blender.take_computed() if self._blender else {}
+
+    def take_verdict(self) -> Verdict | None:
+        """Return what a check has found since the last call, on the ranks that are given the model's answers."""
+        return self._blender.take_verdict() if self._blender else None
 
     def take_refusal(self) -> str:
         """Return, once, why this worker blends nothing; empty: it does, or said so before."""
