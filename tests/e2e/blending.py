@@ -19,7 +19,8 @@ ROTARY: Rotary = read_rotary(
     is_interleaved=False,
     max_positions=4096,
 )
-BLENDING = PATIENT | {"blend": "request"}
+# Without the guard, which keeps blocks for a while when it chooses a request: nothing here is to depend on luck.
+BLENDING = PATIENT | {"blend": "request", "blend_guard": 0.0}
 # Documents of odd lengths, so that their last tokens stand in no complete chunk and others follow at odd offsets.
 DOCUMENTS = {
     "a": prompt_of(10, 300)["tokens"],
@@ -66,6 +67,11 @@ class BlendStand(Stand):
         assert (self.blend_counts() - before).tolist() == [1, num_tokens(plan.loads), num_tokens(plan.computes)]
         assert self.counts() == counts._replace(host=counts.host + exact_end)
         return answer
+
+
+def joined(*parts: list[int] | str) -> list[int]:
+    """Return a prompt of tokens and names of documents."""
+    return [token for part in parts for token in (DOCUMENTS[part] if isinstance(part, str) else part)]
 
 
 def planned(prompt: list[int], names: str, *, exact_end: int = 0) -> BlendPlan:

@@ -12,6 +12,7 @@ from tests.e2e.blending import (
     BlendStand,
     assert_loaded,
     blended,
+    joined,
     largest_difference,
     num_tokens,
     offset_of,
@@ -26,11 +27,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 TAMPERED = "tests.e2e.tampered_connector.TamperedConnector"
 BF16_ERROR = 0.02  # of KV that was computed in other batches, by a model of four layers
 HEAD = prompt_of(20, 37)["tokens"]
-
-
-def joined(*parts: list[int] | str) -> list[int]:
-    """Return a prompt of tokens and names of documents."""
-    return [token for part in parts for token in (DOCUMENTS[part] if isinstance(part, str) else part)]
 
 
 # Tests with engines of their own come first: the engine that the others share stays until the end.
