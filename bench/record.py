@@ -16,8 +16,13 @@ def row(question: str, contender: str, value: float, unit: str, **parameters: An
     return {"question": question, "contender": contender, "parameters": parameters, "value": value, "unit": unit}
 
 
-def write(name: str, rows: list[dict[str, Any]], *, path: Path | None = None, gpu: str = "") -> None:
-    """Write `rows` to bench/results/NAME.json or `path`, in their order; `gpu` names what ran it."""
+def write(
+    name: str, rows: list[dict[str, Any]], *, path: Path | None = None, gpu: str = "", keeps_others: bool = False
+) -> None:
+    """Write `rows` to bench/results/NAME.json or `path`, in their order; `gpu` names what ran it.
+
+    With `keeps_others`, rows in the file that answer other questions stay there.
+    """
     script = Path(sys.argv[0])
     command = shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
     common = {
@@ -27,13 +32,17 @@ def write(name: str, rows: list[dict[str, Any]], *, path: Path | None = None, gp
     }
     path = path or RESULTS_DIR / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([{**each, **common} for each in rows], indent=2)
-    path.write_text(text + "\n")
+    asked = {each["question"] for each in rows}
+    old = json.loads(path.read_text()) if keeps_others and path.exists() else []
+    others = [each for each in old if each["question"] not in asked]
+    path.write_text(json.dumps([*others, *({**each, **common} for each in rows)], indent=2) + "\n")
 
 
-def record(name: str, rows: list[dict[str, Any]], *, path: Path | None = None, gpu: str = "") -> None:
+def record(
+    name: str, rows: list[dict[str, Any]], *, path: Path | None = None, gpu: str = "", keeps_others: bool = False
+) -> None:
     """Write `rows` as `write` does, and print them."""
-    write(name, rows, path=path, gpu=gpu)
+    write(name, rows, path=path, gpu=gpu, keeps_others=keeps_others)
     for each in rows:
         parameters = ", ".join(f"{key}={value}" for key, value in each["parameters"].items())
         print(f"{each['question']:50}  {each['contender']:22}  {each['value']:>12} {each['unit']:6}  {parameters}")

@@ -68,7 +68,7 @@ def main() -> int:
         setting = rehearsal(Path(name)) if options.rehearse else Setting(folder=Path(name), is_eager=options.eager)
         if options.rounds:
             setting = dataclasses.replace(setting, rounds=options.rounds)
-        lab = Lab(setting, options.out, hardware_name())
+        lab = Lab(setting, options.out, hardware_name(), "bench.gpu.gpu_bench")
         run = Run(lab, options)
         try:
             run.all()

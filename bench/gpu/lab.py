@@ -21,9 +21,9 @@ Question = Callable[["Lab"], None]
 class Lab:
     """One run of the benchmark."""
 
-    def __init__(self, setting: Setting, out: Path, hardware_name: str) -> None:
-        """Keep what `out` holds already, but for what is measured again."""
-        self.setting = setting
+    def __init__(self, setting: Setting, out: Path, hardware_name: str, module: str) -> None:
+        """Keep what `out` holds already, but for what is measured again; `module` is what was started."""
+        self.setting, self._module = setting, module
         self.live: dict[str, Contender] = {}
         self.limits: dict[str, float] = {}
         self.errors: list[str] = []
@@ -81,7 +81,7 @@ class Lab:
 
     def save(self) -> None:
         """Write all rows to the file, in place of older ones to the same questions."""
-        command = " ".join(["python -m bench.gpu.gpu_bench", *sys.argv[1:]])
+        command = " ".join(["python -m", self._module, *sys.argv[1:]])
         common = {"hardware": self._hardware, "command": command, "date": datetime.now(UTC).date().isoformat()}
         kept = json.loads(self._out.read_text()) if self._out.exists() else []
         found = {(each["question"], each["contender"]) for each in self.rows}
@@ -111,10 +111,16 @@ QUESTIONS = (
     "long_documents",
     "checksum_cost",
     "device_bytes",
+    "match_documents",
+    "ttft_blend",
+    "throughput_blend",
 )
 
 
-CONTENDERS = ("cachetier", "vllm-native", "lmcache", "none", "limit")
+CONTENDERS = (
+    *("cachetier", "vllm-native", "lmcache", "none", "limit"),
+    *("cachetier-link", "cachetier-query", "prefix-only", "full-prefill"),
+)
 
 
 def _place(each: dict[str, Any]) -> tuple[int, int, int]:

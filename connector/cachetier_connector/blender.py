@@ -226,9 +226,9 @@ def _rotary_of(model: torch.nn.Module, vllm_config: "VllmConfig") -> Rotary:
         CannotRotate: not at all, in several ways, or in one that is not known.
     """
     kinds = {
-        (module.head_size, module.rotary_dim, bool(module.is_neox_style))
+        (module.head_size, module.rotary_dim, bool(getattr(module, "is_neox_style", True)))  # LongRoPE does not say
         for module in model.modules()
-        if hasattr(module, "is_neox_style") and hasattr(module, "rotary_dim")
+        if hasattr(module, "head_size") and hasattr(module, "rotary_dim")
     }
     if len(kinds) != 1:
         raise CannotRotate("it has no rotary embedding" if not kinds else f"it has {len(kinds)} rotary embeddings")

@@ -13,7 +13,7 @@ from bench.gpu.setting import Setting
 
 
 def lab_in(folder: Path) -> Lab:
-    return Lab(Setting(folder=folder), folder / "gpu.json", "a GPU")
+    return Lab(Setting(folder=folder), folder / "gpu.json", "a GPU", "bench.gpu.gpu_bench")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from bench.gpu.setting import LLAMA_8B, rehearsal, token_bytes
 
 
 def lab_in(folder: Path) -> Lab:
-    return Lab(rehearsal(folder), folder / "gpu.json", "a GPU")
+    return Lab(rehearsal(folder), folder / "gpu.json", "a GPU", "bench.gpu.gpu_bench")
 
 
 def found(folder: Path) -> list[tuple[str, str, float]]:
