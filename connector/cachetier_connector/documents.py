@@ -5,6 +5,7 @@ that the server is only asked about prompts in which one of them may stand.
 """
 
 import logging
+import time
 from collections import OrderedDict
 
 import numpy as np
@@ -21,6 +22,7 @@ from cachetier_blend.finding import FingerprintSet, fingerprints
 from cachetier_connector.link import ServerLink
 
 TENANTS_MAX = 64
+NOTICE_INTERVAL_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +39,19 @@ class Documents:
             reads_pools: whether the engine can use copies in device memory.
         """
         self._link, self._timeout_s, self._reads_pools = link, timeout_s, reads_pools
-        self._instance = ""
+        self._instance, self._next_notice_s = "", 0.0
         self._known: OrderedDict[tuple[bytes, str], tuple[int, FingerprintSet]] = OrderedDict()
 
-    def find(self, namespace: bytes, salt: str, tokens: bytes, start: int, chunk_tokens: int) -> list[DocumentRun]:
+    def find(
+        self, namespace: bytes, salt: str, tokens: bytes, start: int, chunk_tokens: int, request_id: str
+    ) -> list[DocumentRun]:
         """Return the documents in a prompt that reach beyond token `start`, with a lease on each."""
         known = self._sync(namespace, salt)
-        candidates = known.candidates(_as_array(tokens), chunk_tokens) if known is not None else []
+        if not known:
+            return []
+        candidates = known.candidates(_as_array(tokens), chunk_tokens)
         if not candidates:
+            self._tell_of_miss(request_id, len(known))
             return []
         reply = self._link.call(
             lambda session: MatchDocuments(
@@ -58,7 +65,12 @@ class Documents:
             ),
             self._timeout_s,
         )
-        return reply.runs if reply is not None else []
+        if reply is None:
+            return []
+        if not reply.runs and candidates[0][0] >= start:  # else it stands in the prefix, which is better
+            self._tell_of_miss(request_id, len(known))
+        runs: list[DocumentRun] = reply.runs
+        return runs
 
     def register(self, namespace: bytes, salt: str, document: str, tokens: bytes, chunk_tokens: int) -> None:
         """Register a prompt that was computed alone as a document."""
@@ -103,6 +115,16 @@ class Documents:
         if len(self._known) > TENANTS_MAX:
             self._known.popitem(last=False)
         return known
+
+    def _tell_of_miss(self, request_id: str, num_registered: int) -> None:
+        """Say, not too often, that a prompt has none of its tenant's documents: it may be built the wrong way."""
+        if (now_s := time.monotonic()) >= self._next_notice_s:
+            self._next_notice_s = now_s + NOTICE_INTERVAL_S
+            log.warning(
+                "cachetier: found 0 of %d registered documents in request %s; `cachetier explain` tells why",
+                num_registered,
+                request_id,
+            )
 
 
 def _as_array(tokens: bytes) -> "np.ndarray[tuple[int], np.dtype[np.int32]]":

@@ -12,6 +12,7 @@ import time
 from array import array
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -213,17 +214,20 @@ class Matcher:
             if reply is not None and reply.lease:
                 self._leased[reply.lease] = ticket
             if reply is not None and tracked.may_blend and not ticket.is_abandoned:
-                ticket.documents = self._find_documents(ticket, request.cache_salt or "")
+                ticket.documents = self._find_documents(ticket, request)
         finally:
             ticket.done.set()
             if ticket.is_abandoned:
                 self.release(ticket)
 
-    def _find_documents(self, ticket: MatchTicket, salt: str) -> list[FoundDocument]:
+    def _find_documents(self, ticket: MatchTicket, request: Any) -> list[FoundDocument]:
         assert ticket.reply is not None
         found = []
-        start = ticket.reply.num_chunks * ticket.chunk_tokens
-        for run in self._documents.find(ticket.namespace, salt, ticket.tokens, start, ticket.chunk_tokens):
+        salt, start = request.cache_salt or "", ticket.reply.num_chunks * ticket.chunk_tokens
+        runs = self._documents.find(
+            ticket.namespace, salt, ticket.tokens, start, ticket.chunk_tokens, str(request.request_id)
+        )
+        for run in runs:
             of_run = MatchTicket(
                 namespace=ticket.namespace,
                 chunk_tokens=ticket.chunk_tokens,
