@@ -1,1 +1,1 @@
-"""Blending: hits in the middle of a prompt. It runs inside engines; nothing of the server imports it."""
+"""Blending: hits in the middle of a prompt. It runs in engines; `cachetier explain` uses its plans to foretell them."""
