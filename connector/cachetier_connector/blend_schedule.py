@@ -1,19 +1,19 @@
 """The scheduler half's part in blending: which requests are blended, and what the workers compute for them, when.
 
-A blended request waits, as for any load, until all ranks have loaded its parts. What a rank could not load joins what
-is to be computed; then its runs travel to the workers in as many steps as it takes, together with those of other
-requests as far as `max_num_batched_tokens` and `max_num_seqs` allow. All ranks compute the same runs in the same step.
-Everything here runs on the scheduler's thread and waits for nothing.
+A run can be computed once all ranks have loaded what stands before it. What a rank could not load joins what is to be
+computed. Runs travel to the workers in as many steps as it takes, together with those of other requests as far as
+`max_num_batched_tokens` and `max_num_seqs` allow: enough of them for a pass of its own while later parts are still
+being loaded, the rest when all are. All ranks compute the same runs in the same step. Everything here runs on the
+scheduler's thread and waits for nothing.
 """
 
 import dataclasses
 import logging
 import secrets
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cachetier_blend.plan import BlendPlan, DocumentHit, Run, cut_runs, merge, plan_blend
+from cachetier_blend.plan import BlendPlan, DocumentHit, Run, cut_runs, merge, plan_blend, subtract
 from cachetier_connector.facts import EngineFacts, is_plain_text
 from cachetier_connector.plan import BlendOp, LoadOp, Selection, tokens_to_bytes
 from cachetier_connector.requests import MatchTicket, TrackedRequest
@@ -26,6 +26,8 @@ SINK_TOKENS = 16
 # All tokens of a prompt as many runs took 1.25 times its prefill (design, section 2): with less to load, blending
 # would be slower than none.
 LOADED_SHARE_MIN = 0.25
+# Fewer tokens take a pass hardly less time: the weights have to be read.
+PASS_TOKENS_MIN = 256
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,9 @@ class _Blend:
         start: the first token that is loaded or computed.
         loads: the parts, by their number.
         reports: for each part, up to where the ranks that have reported loaded it.
-        pieces: what is left to be computed, None while parts are being loaded.
+        num_loaded: leading parts that all ranks have reported.
+        runs: what is left to be computed, ascending; what parts lack is added when they are reported.
+        is_done: the last run was handed to the workers.
         num_computed: tokens that passes have computed.
     """
 
@@ -48,8 +52,34 @@ class _Blend:
     start: int
     loads: Sequence[LoadOp]
     reports: dict[int, list[int]]
-    pieces: deque[list[Run]] | None = None
+    runs: list[Run]
+    num_loaded: int = 0
+    is_done: bool = False
     num_computed: int = 0
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether all ranks have reported all parts."""
+        return self.num_loaded == len(self.loads)
+
+    def count_loaded(self, num_workers: int) -> None:
+        """Add what the parts lack that are known to have ended on all ranks, in order, to what is to be computed."""
+        while not self.is_loaded and len(self.reports[self.num_loaded]) == num_workers:
+            missing = Run(min(self.reports[self.num_loaded]), self.loads[self.num_loaded].end)
+            self.runs = merge([*self.runs, missing])
+            self.num_loaded += 1
+
+    def take(self, max_tokens: int, max_runs: int) -> list[Run] | None:
+        """Return the next piece to compute and forget it; None: not yet. An empty one ends what lacks nothing."""
+        runs = self.runs
+        if not self.is_loaded:
+            runs = subtract(runs, [Run(self.loads[self.num_loaded].start, self.plan.end)])
+            if sum(run.end - run.start for run in runs) < PASS_TOKENS_MIN:
+                return None
+        piece = next(iter(cut_runs(runs, max_tokens, max_runs)), [])
+        self.runs = subtract(self.runs, piece)
+        self.is_done = self.is_loaded and not self.runs
+        return piece
 
 
 class BlendSchedule:
@@ -103,7 +133,7 @@ class BlendSchedule:
         make_private(tracked.request, tracked.blend.approximate_from, self._facts.block_tokens)
         tracked.exact_end = tracked.blend.approximate_from
         reports: dict[int, list[int]] = {number: [] for number in range(len(loads))}
-        self._blends[tracked.id] = _Blend(tracked, tracked.blend, start, loads, reports)
+        self._blends[tracked.id] = _Blend(tracked, tracked.blend, start, loads, reports, list(tracked.blend.computes))
 
     def learn(
         self, parts: Mapping[str, Mapping[int, Sequence[int]]], computed: Mapping[str, int]
@@ -122,8 +152,8 @@ class BlendSchedule:
             if blend := self._blends.get(request_id):
                 for part, ends in ends_of.items():
                     blend.reports[part] += ends
-                if all(len(ends) == self._facts.num_workers for ends in blend.reports.values()):
-                    blend.pieces = self._pieces(blend)
+                blend.count_loaded(self._facts.num_workers)
+                if blend.is_loaded:
                     loaded.append(blend.tracked)
         for request_id, num_tokens in computed.items():
             if blend := self._blends.get(request_id):
@@ -145,25 +175,25 @@ class BlendSchedule:
         ops: list[BlendOp] = []
         left_tokens, left_runs = self._facts.pass_tokens_max, self._facts.pass_runs_max
         for blend in self._blends.values():
-            if not blend.pieces:
+            if blend.is_done:
                 continue
-            if blend.tracked.is_finished:  # aborted: the workers only have to report it
-                blend.pieces = deque([[]])
-            left_tokens -= sum(run.end - run.start for run in blend.pieces[0])
-            left_runs -= len(blend.pieces[0])
-            if left_tokens < 0 or left_runs < 0:
+            piece: list[Run] | None = None
+            if blend.tracked.is_finished:  # aborted: once its loads have ended, the workers only have to report it
+                if blend.is_loaded:
+                    blend.runs, blend.is_done, piece = [], True, []
+            elif not left_tokens or not left_runs:
                 break
-            ops.append(self._op(blend, blend.pieces.popleft()))
+            else:
+                piece = blend.take(left_tokens, left_runs)
+            if piece is not None:
+                left_tokens -= sum(run.end - run.start for run in piece)
+                left_runs -= len(piece)
+                ops.append(self._op(blend, piece))
         return ops
 
-    def _pieces(self, blend: _Blend) -> deque[list[Run]]:
-        missing = [Run(min(blend.reports[number]), load.end) for number, load in enumerate(blend.loads)]
-        runs = merge([*blend.plan.computes, *missing])
-        return deque(cut_runs(runs, self._facts.pass_tokens_max, self._facts.pass_runs_max) or [[]])
-
     def _op(self, blend: _Blend, runs: list[Run]) -> BlendOp:
-        tracked, is_last = blend.tracked, not blend.pieces
-        select = self._selection(blend) if is_last and runs else None
+        tracked = blend.tracked
+        select = self._selection(blend) if blend.is_done and runs else None
         first = min([run.start for run in runs] + [start for start, _ in (select.loads if select else ())], default=0)
         end = runs[-1].end if runs else 0
         return BlendOp(
@@ -173,7 +203,7 @@ class BlendSchedule:
             tokens=tokens_to_bytes(tracked.request.all_token_ids[first:end]),
             block_ids=tracked.block_ids,
             loaded_from=blend.start,
-            is_last=is_last,
+            is_last=blend.is_done,
             select=select,
         )
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cachetier_blend.plan import BlendPlan, Run, merge
@@ -264,7 +264,63 @@ class TestPieces:
         for name, offset in (("one", 60), ("two", 90), ("three", 10)):  # they compute 76, 106 and 26 tokens
             begun(schedule, name, [(offset, 256)], 400)
         in_steps = [[(op.request_id, num_in(op.runs)) for op in ops] for ops in steps(schedule)]
-        assert in_steps == [[("one", 76)], [("two", 100)], [("two", 6), ("three", 26)]]
+        assert in_steps == [[("one", 76), ("two", 24)], [("two", 82), ("three", 18)], [("three", 8)]]
+
+    @given(
+        st.integers(100, 400),
+        st.lists(st.tuples(st.integers(0, 500), st.sampled_from([192, 256])), min_size=1, max_size=5),
+        st.randoms(use_true_random=False),
+    )
+    def test_a_run_is_computed_once_all_ranks_have_loaded_what_stands_before_it(self, max_tokens, shape, rng):
+        """`shape`: how many tokens stand before each document, and how many of it are held."""
+        schedule, documents, end = BlendSchedule(facts_of(num_workers=2, pass_tokens_max=max_tokens)), [], 0
+        for gap, held in shape:
+            documents.append((end + gap, held))
+            end += gap + held
+        tracked = tracked_of("r", end + 40, documents)
+        assume(schedule.plan(tracked, 0) is not None)
+        loads = begin(schedule, tracked)
+        # Each rank loads up to the end of a part, or not so far.
+        ends = {part: [rng.choice([load.end, load.end - 64]) for _ in range(2)] for part, load in enumerate(loads)}
+        reports = [(part, rank) for part in ends for rank in range(2)]
+        rng.shuffle(reports)
+        known: set[tuple[int, int]] = set()
+        runs: list[Run] = []
+        while True:
+            for op in schedule.next_ops():
+                assert runs == [] or not op.runs or op.runs[0][0] >= runs[-1].end
+                for start, _ in op.runs:
+                    behind = [part for part, load in enumerate(loads) if load.start < start]
+                    assert {(part, rank) for part in behind for rank in range(2)} <= known
+                runs += [Run(*run) for run in op.runs]
+                assert not (op.is_last and reports)
+                if op.is_last:
+                    break
+            else:
+                if reports:
+                    part, rank = reports.pop()
+                    known.add((part, rank))
+                    schedule.learn({"r": {part: [ends[part][rank]]}}, {})
+                continue
+            break
+        missing = [Run(min(ends[part]), load.end) for part, load in enumerate(loads)]
+        assert merge(runs) == merge([*tracked.blend.computes, *missing])
+        assert num_in(runs) == num_in(merge(runs))
+
+    def test_enough_for_a_pass_does_not_wait_for_later_parts(self):
+        schedule, tracked = BlendSchedule(facts_of()), tracked_of("r", 1500, [(300, 256), (820, 256), (1180, 256)])
+        loads = begin(schedule, tracked)
+        [op] = schedule.next_ops()
+        assert (op.runs, op.is_last) == ([(0, 316)], False)
+        assert schedule.next_ops() == []
+        schedule.learn({"r": {1: [loads[1].end]}}, {})
+        assert schedule.next_ops() == [], "the part before it is still being loaded"
+        schedule.learn({"r": {0: [loads[0].end]}}, {})
+        [op] = schedule.next_ops()
+        assert (op.runs, op.is_last) == ([(556, 836), (1076, 1196)], False)
+        schedule.learn({"r": {2: [loads[2].end]}}, {})
+        [op] = schedule.next_ops()
+        assert (op.runs, op.is_last) == ([], True)
 
     def test_a_request_with_nothing_to_compute_gets_an_op_all_the_same(self):
         """A worker reports its end."""
