@@ -17,7 +17,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--url", required=True, metavar="http://HOST:PORT", help="the engine")
     parser.add_argument("--model", metavar="NAME", help="model to ask for (default: the only one that is served)")
     parser.add_argument("--concurrency", type=_positive, default=8, metavar="N", help="prompts in flight (default 8)")
-    parser.add_argument("--socket", metavar="PATH", help="the cachetier server: show tokens stored and hit")
+    parser.add_argument(
+        "--socket", metavar="PATH", help="the cachetier server: show tokens stored and hit, check that it has documents"
+    )
     parser.add_argument("--max-tokens", type=_positive, default=1, metavar="N", help="tokens to generate (default 1)")
     parser.add_argument("--no-resume", action="store_true", help="send again what an interrupted run sent")
     parser.add_argument(

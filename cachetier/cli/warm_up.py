@@ -9,16 +9,18 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import xxhash
 
-from cachetier.cli.warm_documents import DocumentReader
+from cachetier.cli.warm_check import as_text, unregistered
+from cachetier.cli.warm_documents import Document, DocumentReader
 from cachetier.cli.warm_engine import Engine, Refused, Sent, TooLong, TooShort
 from cachetier.cli.warm_feed import PromptFeed
 from cachetier.cli.warm_input import PROMPTS, STDIN, Prompt, Rejected, check_inputs, read_inputs
 from cachetier.cli.warm_journal import Journal
 from cachetier.cli.warm_progress import REFRESH_S, Progress, TierCounters
+from cachetier.client.client import Client
 
 EXIT_SENT, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
@@ -81,7 +83,16 @@ async def _warm_up(args: argparse.Namespace) -> int:
     if warmup.is_interrupted:
         print("interrupted; the same command goes on from here")
         return EXIT_INTERRUPTED
-    return EXIT_FAILED if warmup.progress.tally.num_failed else EXIT_SENT
+    are_registered = not warmup.sent_documents or not tier or _check(args.socket, engine.weights, warmup.sent_documents)
+    return EXIT_SENT if are_registered and not warmup.progress.tally.num_failed else EXIT_FAILED
+
+
+def _check(socket: str, weights: str, sent: set[str]) -> bool:
+    """Print whether all documents that were `sent` are registered, and tell it."""
+    with closing(Client(socket.removeprefix("unix:"))) as client:
+        missing = unregistered(client, weights, sent)
+    print(as_text(len(sent), missing))
+    return not missing
 
 
 class WarmUp:
@@ -89,11 +100,13 @@ class WarmUp:
 
     Attributes:
         progress: what became of the prompts so far.
+        sent_documents: ids of those that were sent, if documents are.
         is_interrupted: `stop` was called.
     """
 
     def __init__(self, engine: Engine, journal: Journal, progress: Progress, tier: TierCounters | None) -> None:
         self.progress = progress
+        self.sent_documents: set[str] = set()
         self.is_interrupted = False
         self._engine = engine
         self._journal = journal
@@ -155,6 +168,8 @@ class WarmUp:
                 self._journal.add(digest)
                 tally.num_sent += 1
                 tally.num_tokens += num_tokens
+                if isinstance(item, Document):
+                    self.sent_documents.add(item.id)
             case TooLong(reason):
                 tally.num_too_long += 1
                 self.progress.explain(item.source, reason)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachetier.cli.main import main
+from cachetier.cli.warm_check import as_text
 from cachetier.cli.warm_documents import Document, DocumentReader
 from cachetier.cli.warm_engine import Backoff, Engine, Sent
 from cachetier.cli.warm_input import COMPLETIONS_PATH, Rejected, read_inputs
 from cachetier.cli.warm_up import default_journal
-from cachetier.core.document_messages import DOCUMENT_TOKENS_MIN
+from cachetier.core.document_messages import DOCUMENT_TOKENS_MIN, RegisterDocument
 from tests.cli.openai_server import FakeEngine, running
+from tests.service.running import TIMEOUT_S, RunningServer, TinyEngine
 
 LONG = "a text of many words, " * 8
 
@@ -31,6 +34,12 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def engine() -> Iterator[FakeEngine]:
     with running(FakeEngine()) as server:
         yield server
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RunningServer]:
+    with RunningServer(tmp_path / "data") as running_server:
+        yield running_server
 
 
 def warm_up(engine: FakeEngine, *arguments: object) -> int:
@@ -139,6 +148,76 @@ class TestResuming:
 
     def test_a_run_of_documents_has_a_journal_of_its_own(self) -> None:
         assert default_journal("u", "m", ["x"]) != default_journal("u", "m", ["x"], are_documents=True)
+
+
+class TestChecking:
+    """With `--socket`, whether the server knows what was sent; the stand-in for an engine registers nothing itself."""
+
+    @pytest.fixture
+    def documents(self, tmp_path: Path) -> list[Path]:
+        paths = [tmp_path / name for name in ("a.txt", "b.txt")]
+        for path in paths:
+            path.write_text(path.name + LONG)
+        return paths
+
+    def register(self, server: RunningServer, paths: list[Path], weights: str = "w") -> None:
+        engine = TinyEngine(server.socket_path, weights)
+        for path in paths:
+            message = RegisterDocument(
+                session=engine.session.id,
+                namespace=engine.namespace,
+                document=str(path),
+                tokens=bytes(4 * 200),
+                fingerprint=1,
+            )
+            engine.client.call(message, TIMEOUT_S)
+        engine.close()
+
+    def test_documents_that_are_registered_are_counted(
+        self, engine: FakeEngine, server: RunningServer, documents: list[Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.register(server, documents)
+        assert warm_up(engine, "--document", "--socket", server.socket_path, *documents) == 0
+        assert "all 2 are registered" in capsys.readouterr().out
+
+    def test_documents_that_are_not_are_named_and_the_command_has_failed(
+        self, engine: FakeEngine, server: RunningServer, documents: list[Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.register(server, documents[:1])
+        assert warm_up(engine, "--document", "--socket", server.socket_path, *documents) == 1
+        out = capsys.readouterr().out
+        assert f"1 of 2 are not registered: '{documents[1]}'; the engine has no cachetier connector" in out
+        assert len(engine.requests) == 2
+        assert warm_up(engine, "--document", "--socket", server.socket_path, *documents) == 1
+        assert len(engine.requests) == 4, "they are sent again"
+
+    def test_those_of_another_model_do_not_count(
+        self, engine: FakeEngine, server: RunningServer, documents: list[Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        engine.cards = {"tiny": {"root": "another"}}
+        self.register(server, documents)
+        assert warm_up(engine, "--document", "--socket", server.socket_path, *documents) == 1
+        assert "2 of 2 are not registered" in capsys.readouterr().out
+
+    def test_an_engine_may_take_a_moment_to_register(
+        self, engine: FakeEngine, server: RunningServer, documents: list[Path]
+    ) -> None:
+        later = threading.Timer(1.5, self.register, (server, documents))
+        later.start()
+        assert warm_up(engine, "--document", "--socket", server.socket_path, *documents) == 0
+        later.join()
+
+    def test_prompts_and_documents_that_were_not_sent_are_not_asked_about(
+        self, engine: FakeEngine, server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "a.txt").write_text("short")
+        assert warm_up(engine, "--document", "--socket", server.socket_path, tmp_path / "a.txt") == 0
+        assert warm_up(engine, "--socket", server.socket_path, tmp_path / "a.txt") == 0
+        assert "registered" not in capsys.readouterr().out
+
+    def test_of_many_only_some_are_named(self) -> None:
+        text = as_text(9, [f"d{number}" for number in range(7)])
+        assert "7 of 9 are not registered: 'd0', 'd1', 'd2', 'd3', 'd4', ...;" in text
 
 
 class TestReading:
