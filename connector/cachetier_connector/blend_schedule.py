@@ -230,9 +230,10 @@ def make_private(request: "Request", first_token: int, block_tokens: int) -> Non
 
 
 def num_held(ticket: MatchTicket) -> int:
-    """Return how many leading tokens a match that was answered holds."""
+    """Return how many leading tokens of a document are to be loaded; none if its lease has expired meanwhile."""
     assert ticket.reply is not None
-    return ticket.reply.num_chunks * ticket.chunk_tokens
+    num_chunks = ticket.choice.num_chunks if ticket.choice else ticket.reply.num_chunks
+    return 0 if ticket.is_released else num_chunks * ticket.chunk_tokens
 
 
 def _num_loaded(plan: BlendPlan) -> int:

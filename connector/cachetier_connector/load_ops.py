@@ -1,5 +1,7 @@
 """From a matched request to what the workers load: pure functions of the scheduler half."""
 
+from cachetier.core.messages import TIER_DISK
+from cachetier_connector.break_even import Choice, Hit
 from cachetier_connector.plan import LoadOp, chunks_to_load, split_by_tier
 from cachetier_connector.requests import MatchTicket, TrackedRequest
 
@@ -67,3 +69,33 @@ def tiers_of_load(tracked: TrackedRequest, start: int, end: int) -> dict[int, in
     if tracked.blend is not None:
         end = min(end, exact_end_of(tracked))
     return split_by_tier(ticket.reply, start, end, ticket.chunk_tokens)
+
+
+def documents_as_hit(ticket: MatchTicket, now_s: float) -> Hit:
+    """Return what is held of all documents in a prompt as one hit, as if they were all of it and nothing else.
+
+    They are read from disk one after the other, in the order in which they stand in the prompt.
+    """
+    replies = [found.ticket.reply for found in ticket.documents if found.ticket.reply is not None]
+    is_timed = all(reply.ready_in_s for reply in replies if TIER_DISK in reply.tiers)
+    return Hit(
+        num_tokens=sum(reply.num_chunks for reply in replies) * ticket.chunk_tokens + 1,
+        num_computed=0,
+        chunk_tokens=ticket.chunk_tokens,
+        tiers=b"".join(reply.tiers for reply in replies),
+        ready_in_s=[each for reply in replies for each in reply.ready_in_s] if is_timed else [],
+        elapsed_s=0.0 if any(reply.segments for reply in replies) else now_s - ticket.replied_s,
+    )
+
+
+def share_choice(ticket: MatchTicket, choice: Choice) -> list[MatchTicket]:
+    """Say of each document in a prompt what of it is to be loaded; return those of which it is less than is held."""
+    left, cut = choice.num_chunks, []
+    for found in ticket.documents:
+        assert found.ticket.reply is not None
+        num_chunks = min(left, found.ticket.reply.num_chunks)
+        left -= num_chunks
+        found.ticket.choice = Choice(num_chunks, choice.patience_s)
+        if num_chunks < found.ticket.reply.num_chunks:
+            cut.append(found.ticket)
+    return cut

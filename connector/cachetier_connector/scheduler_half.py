@@ -22,7 +22,7 @@ from cachetier_connector.blend_schedule import BlendSchedule
 from cachetier_connector.break_even import BreakEven, Hit
 from cachetier_connector.facts import EngineFacts, is_addressable, may_read
 from cachetier_connector.link import ServerLink
-from cachetier_connector.load_ops import blend_loads, load_op, tiers_of_load
+from cachetier_connector.load_ops import blend_loads, documents_as_hit, load_op, share_choice, tiers_of_load
 from cachetier_connector.matcher import Matcher
 from cachetier_connector.plan import StepPlan, StoreOp, Verdict, first_failed_token, loadable_end, tokens_to_bytes
 from cachetier_connector.prefill_rate import work_of
@@ -119,6 +119,7 @@ class SchedulerHalf:
         tracked.matched_from, end = num_computed_tokens, 0
         if ticket.reply.lease:
             end = loadable_end(self._worth_loading(tracked, ticket), ticket.chunk_tokens, request.num_tokens)
+        self._choose_documents(ticket)
         tracked.blend = self._blends.plan(tracked, max(end, num_computed_tokens))
         if tracked.blend is not None:
             end = tracked.blend.end
@@ -283,6 +284,14 @@ class SchedulerHalf:
             if rates := self._break_even.news(request.num_tokens, time.monotonic()):
                 self._matcher.report_rates(*rates)
         return ticket.choice.num_chunks
+
+    def _choose_documents(self, ticket: MatchTicket) -> None:
+        """Decide, when vLLM first asks, what of the documents in a prompt is cheaper to load than to compute."""
+        if ticket.documents and ticket.documents[0].ticket.choice is None:
+            choice = self._break_even.choose(documents_as_hit(ticket, time.monotonic()))
+            for cut in share_choice(ticket, choice):
+                assert cut.choice is not None
+                self._matcher.trim(cut, cut.choice.num_chunks)
 
     def _end_load(self, tracked: TrackedRequest, start: int, end: int) -> None:
         ticket, tracked.loaded_s = tracked.ticket, time.monotonic()
