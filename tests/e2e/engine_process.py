@@ -83,7 +83,7 @@ def main() -> None:
     def abort_after(prompt: dict, seconds: float) -> str:
         """Start one request and abort it."""
         extra = {"kv_transfer_params": prompt["params"]} if prompt.get("params") else None
-        sampling = SamplingParams(max_tokens=64, extra_args=extra)
+        sampling = SamplingParams(max_tokens=prompt.get("max_tokens", 64), extra_args=extra, ignore_eos=True)
         engine.add_request(prompt["id"], {"prompt_token_ids": prompt["tokens"]}, sampling)
         time.sleep(seconds)
         engine.abort_request([prompt["id"]])
