@@ -3,6 +3,7 @@
 import pickle
 
 from cachetier_connector.connector import StepReport
+from cachetier_connector.plan import Verdict
 
 
 def test_of_two_ranks_the_slower_one_counts():
@@ -24,6 +25,13 @@ def test_each_rank_tells_what_it_loaded_of_a_blended_request_and_all_compute_the
     assert one.parts == {"a": {0: [128], 1: [300]}}, "a report is not changed by being put together with another"
 
 
+def test_what_a_check_finds_is_told_whichever_rank_knows():
+    verdict = Verdict(0.0, False)
+    knows, other = StepReport(7, verdict=verdict), StepReport(7)
+    assert knows.aggregate(other).verdict == other.aggregate(knows).verdict == verdict
+    assert other.aggregate(other).verdict is None
+
+
 def test_a_report_reaches_another_process():
-    report = StepReport(7, {"a": 1.0}, {"b": {0: [64]}}, {"b": 3}, "no")
+    report = StepReport(7, {"a": 1.0}, {"b": {0: [64]}}, {"b": 3}, "no", Verdict(0.5, True))
     assert pickle.loads(pickle.dumps(report)) == report
