@@ -65,7 +65,11 @@ class Stand:
     @property
     def last_id(self) -> str:
         """The id of the prompt that was asked last."""
-        return f"r{self._num_asked}"
+        return self.last_ids(1)[0]
+
+    def last_ids(self, count: int) -> list[str]:
+        """Return the ids of the prompts that were asked last, in their order."""
+        return [f"r{self._num_asked - before}" for before in reversed(range(count))]
 
     def stop(self) -> None:
         """Stop both in order, after a check that nothing was left behind or went wrong on the way."""

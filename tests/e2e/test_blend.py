@@ -44,20 +44,21 @@ def test_recomputing_everything_gives_the_plain_engines_kv_and_answers(tmp_path,
     stand = BlendStand(tmp_path, BLENDING, max_num_batched_tokens=512, max_num_seqs=4, **probe, **arguments)
     try:
         stand.register(DOCUMENTS)
-        prompts = [joined(HEAD, "a", "c", "b", QUESTION), joined(HEAD[:5], "b", HEAD, "a", QUESTION[:9])]
+        long_start = prompt_of(50, 600)["tokens"]  # in several steps, the first while documents are being loaded
+        orders = {"acb": joined(HEAD, "a", "c", "b", QUESTION), "ba": joined(HEAD[:5], "b", HEAD, "a", QUESTION[:9])}
+        orders["ac"] = joined(long_start, "a", HEAD, "c", QUESTION)
+        prompts = list(orders.values())
         expected = stand.plain([{"tokens": prompt} for prompt in prompts], max_tokens=24)
-        plain_ids = [f"r{int(stand.last_id[1:]) - 1}", stand.last_id]
+        plain_ids = stand.last_ids(3)
         asked = [{"tokens": prompt, "params": blended(select="query", budget=1.0)} for prompt in prompts]
         for at_once in (False, True):
             answers = stand.ask(asked, max_tokens=24, at_once=at_once)
-            ids = [f"r{int(stand.last_id[1:]) - 1}", stand.last_id]
             assert [answer["cached"] for answer in answers] == [len(prompt) - 1 for prompt in prompts]
             assert_same_answers(answers, expected, NOISE)
-            for name, plain in zip(ids, plain_ids, strict=True) if probe else ():
+            for name, plain in zip(stand.last_ids(3), plain_ids, strict=True) if probe else ():
                 assert largest_difference(tmp_path, name, plain) < BF16_ERROR
-        loaded = 2 * sum(num_tokens(planned(prompts[0], "acb").loads[n : n + 1]) for n in range(3))
-        loaded += 2 * num_tokens(planned(prompts[1], "ba").loads)
-        assert stand.blend_counts()[:2].tolist() == [4, loaded]
+        loaded = 2 * sum(num_tokens(planned(prompt, order).loads) for order, prompt in orders.items())
+        assert stand.blend_counts()[:2].tolist() == [6, loaded]
         stand.stop()
     finally:
         stand.kill()
