@@ -248,9 +248,10 @@ class TestComparing:
         assert kl == pytest.approx(0.9 * np.log(1.5) + 0.1 * np.log(0.25), rel=1e-5)
         assert agrees
 
-    def test_equal_answers_diverge_by_nothing_even_where_tokens_are_excluded(self):
-        logits = torch.tensor([[1.0, 2.0, -torch.inf]], dtype=torch.bfloat16)
-        assert compare_answers(logits, logits.clone()) == (0.0, True)
+    def test_tokens_that_the_model_excludes_do_not_count(self):
+        full, blended = torch.tensor([[0.9, 0.0, 0.1]]).log(), torch.tensor([[0.6, 0.0, 0.4]]).log()
+        assert compare_answers(full, full.clone()) == (0.0, True)
+        assert compare_answers(full, blended).kl == pytest.approx(0.9 * np.log(1.5) + 0.1 * np.log(0.25), rel=1e-5)
 
     def test_a_divergence_is_never_negative(self):
         generator = torch.Generator().manual_seed(0)
