@@ -23,8 +23,9 @@ def write(
 
     With `keeps_others`, rows in the file that answer other questions stay there.
     """
-    script = Path(sys.argv[0])
-    command = shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    script, spec = Path(sys.argv[0]), sys.modules["__main__"].__spec__
+    program = ["-m", spec.name] if spec else [f"{script.parent.name}/{script.name}"]
+    command = shlex.join(["python", *program, *sys.argv[1:]])
     common = {
         "hardware": ", ".join(filter(None, [gpu, hardware()])),
         "command": command,

@@ -52,8 +52,8 @@ def _panel(panel: Panel) -> Iterator[str]:
         yield f'<line x1="0" y1="{y}" x2="{WIDTH}" y2="{y}" stroke="#ddd"/>'
         yield f'<text x="-8" y="{y + 4:.1f}" text-anchor="end" {FONT}>{percent}%</text>'
         yield f'<text x="{x}" y="{HEIGHT + 18}" text-anchor="middle" {FONT}>{percent}%</text>'
-    caption = "budget of query: share of loaded tokens computed again (0: link; ring: none; thin: full prefill)"
-    yield f'<text x="{WIDTH / 2}" y="{HEIGHT + 38}" text-anchor="middle" {FONT} font-size="11">{caption}</text>'
+    caption = "budget of query (at 0: link; ring: none; thin line: full prefill)"
+    yield f'<text x="{WIDTH / 2}" y="{HEIGHT + 38}" text-anchor="middle" {FONT}>{caption}</text>'
     for number, line in enumerate(panel.lines):
         yield from _line(line)
         y = HEIGHT + 38 + LEGEND_ROW * (number + 1)
