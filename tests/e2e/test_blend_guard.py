@@ -66,14 +66,14 @@ def test_ranks_compute_a_check_together(tmp_path):
 
 
 def test_a_preempted_request_is_not_checked(tmp_path):
-    """23 blocks of 32 tokens, for two requests that begin with 21 and end with 29: the later one has to wait."""
-    stand = GuardStand(tmp_path, block_size=32, num_gpu_blocks_override=24, max_model_len=512, async_scheduling=True)
+    """33 blocks of 32 tokens, for two requests that begin with 15 and would end with 61: the later one has to wait."""
+    stand = GuardStand(tmp_path, block_size=32, num_gpu_blocks_override=34, max_model_len=1024, async_scheduling=True)
     try:
         stand.register({"b": DOCUMENTS["b"]})
         prompt = joined(prompt_of(51, 90)["tokens"], "b", QUESTION)
-        asked = [prompt_of(52, 300, params=PLAIN), {"tokens": prompt, "params": blended()}]
+        asked = {"tokens": prompt, "params": blended(), "max_tokens": 600}
         num_before = stand.engine.call("preemptions")
-        stand.ask(asked, at_once=True, max_tokens=140)
+        stand.ask([prompt_of(52, 100, params=PLAIN, max_tokens=900), asked], at_once=True)
         assert stand.engine.call("preemptions") > num_before
         assert stand.blend_counts()[0] == 1
         stand.checked(prompt)
