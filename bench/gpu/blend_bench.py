@@ -164,7 +164,7 @@ def run(lab: Lab, shape: Shape) -> None:
         began_s = time.monotonic()
         engines = [
             Contender("none", setting, None, **more),
-            Cachetier(setting, server, extra={"blend": "request"}, **more),
+            Cachetier(setting, server, extra={"blend": "request", "blend_guard": 0.0}, **more),
         ]
         for batch in [[each] for each in engines] if setting.is_rehearsal else [engines]:
             with ThreadPoolExecutor() as pool:

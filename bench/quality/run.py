@@ -40,7 +40,7 @@ class Stand:
     def __init__(self, folder: Path, model: Path) -> None:
         self.server = Server(folder, host="1GiB", disk="2GiB")
         try:
-            extra = {"server": f"unix:{self.server.socket}", "blend": "request"} | PATIENT
+            extra = {"server": f"unix:{self.server.socket}", "blend": "request", "blend_guard": 0.0} | PATIENT
             self.engine = Engine(
                 folder / "engine.log",
                 extra,
