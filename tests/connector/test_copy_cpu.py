@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cachetier.core.errors import ConfigError
 from cachetier.core.layout import KVLayout, Shard
+from cachetier_blend.rotation import Rotary, rotate
 from cachetier_connector.copy_cpu import CpuCopyEngine, as_integers, learn_packing
 from cachetier_connector.plan import shard_of_rank, tiling_for
 
@@ -242,3 +243,27 @@ def test_a_backend_that_does_more_than_reorder_is_refused():
 
     with pytest.raises(ConfigError, match="reorder"):
         learn_packing(doubles_the_first_row, 32, HEAD_SIZE, torch.bfloat16)
+
+
+class TestShifts:
+    """Chunks that stand elsewhere than where they were computed; loads of them are in `test_loader`."""
+
+    CHUNK, BLOCK = 64, 32
+    ROTARY = Rotary(tuple(0.5**n for n in range(HEAD_SIZE // 2)), is_interleaved=False, rotary_dim=HEAD_SIZE)
+
+    @pytest.mark.parametrize("packing", [(transposed, rows_in_order), (at_random, at_random)])
+    @pytest.mark.parametrize("shift", [1, 37, 1000, -64])
+    def test_only_keys_are_turned_and_by_the_shift(self, packing, shift):
+        paged = Paged(LAYOUT.whole(), self.BLOCK, packing, 4)
+        paged.engine.use_rotary(self.ROTARY)
+        generator = torch.Generator().manual_seed(1)
+        kv = torch.randn(HEADS, LAYERS, 2 * self.CHUNK, 2, HEAD_SIZE, generator=generator).to(torch.bfloat16)
+        shards = torch.stack(
+            [torch.frombuffer(bytearray(chunk), dtype=torch.uint8) for chunk in canonical(as_integers(kv), self.CHUNK)]
+        )
+        paged.engine.rotate(shards, self.CHUNK, shift)
+        found = shards.view(torch.bfloat16).view(2, HEADS, LAYERS, self.CHUNK, 2, HEAD_SIZE)
+        before = kv.unflatten(2, (2, self.CHUNK)).movedim(2, 0)
+        assert torch.equal(found[..., 1, :], before[..., 1, :])
+        assert torch.equal(found[..., 0, :], rotate(before[..., 0, :], shift, self.ROTARY))
+        assert not torch.equal(found[..., 0, :], before[..., 0, :])

@@ -12,10 +12,22 @@ from msgspec.structs import replace
 from bench.gpu.profile import LOADED
 from cachetier.core.arena_format import STATE_BAD, STATE_FILLING, STATE_READY
 from cachetier.core.layout import PAGE_BYTES, Shard, digests_offset
+from cachetier_blend.rotation import Rotary, rotate
 from cachetier_connector import loader as loader_module
 from cachetier_connector.copy_cpu import CpuLoadRun
 from cachetier_connector.loader import Loader
-from tests.connector.servers import BLOCK, CHUNK, HALVES, LAYOUT, WHOLE, Blocks, blocks_for, eventually, tokens_of
+from tests.connector.servers import (
+    BLOCK,
+    CHUNK,
+    HALVES,
+    HEAD_SIZE,
+    LAYOUT,
+    WHOLE,
+    Blocks,
+    blocks_for,
+    eventually,
+    tokens_of,
+)
 
 STAGES = [Shard(0, 2, 0, 1), Shard(0, 2, 1, 2)]
 QUARTERS = [Shard(head, head + 1, layer, layer + 1) for layer in (0, 1) for head in (0, 1)]
@@ -282,3 +294,112 @@ def test_a_load_that_waits_for_nothing_needs_no_patience(tier):
     load = replace(tier.load_op(tier.match(tokens), 0, 20 * CHUNK, blocks), patience_s=0.0)
     assert loading.load(load) == set()
     loading.loader.stop()
+
+
+def shifted(op, shift: int):
+    """Return a load of the same chunks for tokens `shift` further on."""
+    return replace(op, start=op.start + shift, end=op.end + shift, shift=shift)
+
+
+ROTARY = Rotary(tuple(0.7**n for n in range(HEAD_SIZE // 2)), is_interleaved=False, rotary_dim=HEAD_SIZE)
+
+
+@pytest.mark.parametrize("loaded_as", ["whole", "halves", "stages"])
+@pytest.mark.parametrize(("shift", "start", "end"), [(37, 0, 20 * CHUNK), (500, 16, 1000), (64, 70, 100), (1, 63, 65)])
+def test_a_shifted_load_writes_turned_keys_to_the_shifted_tokens_and_nowhere_else(tier, loaded_as, shift, start, end):
+    """Also over several groups of chunks."""
+    tokens, blocks = tokens_of(40, 20 * CHUNK), blocks_for(20 * CHUNK + shift, seed=4)
+    stored = tier.store(tokens).view(torch.bfloat16)
+    reply = tier.match(tokens)
+    for shard in TILINGS[loaded_as]:
+        loading = Loading(tier, shard)
+        loading.blocks.engine.use_rotary(ROTARY)
+        assert loading.load(shifted(tier.load_op(reply, start, end, blocks), shift)) == set()
+        wanted = stored[shard.layer_start : shard.layer_end, shard.head_start : shard.head_end, start:end]
+        expected = loading.before.rows(blocks, 0, len(blocks) * BLOCK).view(torch.bfloat16)
+        expected[:, :, start + shift : end + shift, 1] = wanted[..., 1, :]
+        expected[:, :, start + shift : end + shift, 0] = rotate(wanted[..., 0, :], shift, ROTARY)
+        found = loading.blocks.rows(blocks, 0, len(blocks) * BLOCK).view(torch.bfloat16)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        loading.loader.stop()
+
+
+def test_a_shifted_load_fails_where_it_is_not_known_how_keys_turn_and_the_next_load_does_not(tier):
+    tokens, blocks = tokens_of(41, 2 * CHUNK), blocks_for(4 * CHUNK)
+    tier.store(tokens)
+    op, loading = tier.load_op(tier.match(tokens), 0, 2 * CHUNK, blocks), Loading(tier)
+    assert loading.load(shifted(op, 64)) == set(blocks[2:6])
+    assert torch.equal(loading.blocks.rows(blocks, 0, 4 * CHUNK), loading.before.rows(blocks, 0, 4 * CHUNK))
+    assert loading.load(op) == set()
+    loading.loader.stop()
+
+
+class TestParts:
+    """Loads of requests that are blended: what is missing is no failure but is to be computed."""
+
+    @pytest.fixture
+    def loading(self, tier):
+        loading = Loading(tier, stall_s=0.1)
+        loading.blocks.engine.use_rotary(ROTARY)
+        yield loading
+        loading.loader.stop()
+
+    def op_of(self, tier, part: int, seed: int = 50, shift: int = 100):
+        """Return a part that loads the last 240 of 256 tokens of a document, and the document's frames."""
+        tokens = tokens_of(seed, 4 * CHUNK)
+        tier.store(tokens)
+        reply = tier.match(tokens)
+        op = tier.load_op(reply, 16, 4 * CHUNK, blocks_for(1024))
+        return replace(shifted(op, shift), part=part), reply.frames
+
+    def ended(self, loading, op) -> int:
+        """Carry a part out; return up to which token it says that it loaded."""
+        loading.loader.submit(op)
+        parts = eventually(loading.loader.take_parts)
+        assert parts.keys() == {"r"}
+        assert parts["r"].keys() == {op.part}
+        return parts["r"][op.part]
+
+    def test_parts_are_reported_by_their_numbers_and_the_request_as_not_finished(self, tier, loading):
+        for part, shift in ((0, 100), (3, 500)):
+            op, _ = self.op_of(tier, part, 50 + part, shift)
+            loading.loader.submit(op)
+        found: dict[int, int] = {}
+        eventually(lambda: found.update(loading.loader.take_parts().get("r", {})) or len(found) == 2)
+        assert found == {0: 356, 3: 756}
+        assert loading.loader.take_finished() == set()
+        assert loading.loader.take_parts() == {}
+        assert loading.loader.take_seconds().keys() == {"r"}
+
+    @pytest.mark.parametrize(("bad_chunk", "end"), [(0, 116), (1, 164), (3, 292)])
+    def test_a_part_ends_before_its_first_bad_chunk_and_spoils_no_blocks(self, tier, loading, bad_chunk, end):
+        op, frames = self.op_of(tier, 1, 60 + bad_chunk)
+        spoil_payload(tier, frames[bad_chunk])
+        assert self.ended(loading, op) == end
+        assert loading.loader.take_bad_blocks() == set()
+        assert len(loading.corrupt) == 1
+
+    def test_of_a_part_that_cannot_be_loaded_at_all_nothing_is(self, tier, loading):
+        op, _ = self.op_of(tier, 0)
+        assert self.ended(loading, replace(op, arena_path="/nowhere/arena", instance="other")) == 116
+        loading.blocks.engine.rotary = None
+        assert self.ended(loading, op) == 116
+        assert loading.loader.take_bad_blocks() == set()
+
+    def test_parts_that_were_taken_are_not_waited_for(self, tier, loading):
+        op, _ = self.op_of(tier, 0)
+        assert self.ended(loading, op) == 356
+        since = time.monotonic()
+        assert loading.loader.take_finished(wait_s=5) == set()
+        assert time.monotonic() - since < 4
+
+    def test_the_end_of_a_part_ends_the_wait_for_loads(self, tier, loading):
+        """The engine has nothing else to do, and the runs before later parts can be computed."""
+        op, frames = self.op_of(tier, 0)
+        set_state(tier, frames[0], STATE_FILLING)
+        threading.Timer(0.05, set_state, (tier, frames[0], STATE_READY)).start()
+        since = time.monotonic()
+        loading.loader.submit(op)
+        assert loading.loader.take_finished(wait_s=5) == set()
+        assert time.monotonic() - since < 4
+        assert loading.loader.take_parts() == {"r": {0: 356}}
