@@ -60,7 +60,8 @@ class Blender:
             self._model = model = _the_model()
             rotary = _rotary_of(model, vllm_config)
             self._pass = BlendPass(model, vllm_config, spec, layers)
-            error = self._try(rotary, vllm_config.model_config.max_model_len)
+            config = vllm_config.model_config
+            error = self._try(rotary, config.max_model_len, config.get_vocab_size())
             self.refusal = "" if error <= TEST_ERROR_MAX else f"rotated keys differ by {error:.0%} from computed ones"
             engine.use_rotary(rotary)
         except CannotRotate as reason:
@@ -166,11 +167,11 @@ class Blender:
     def _count(self, op: BlendOp, num_tokens: int) -> None:
         self._computed[op.request_id] = self._computed.get(op.request_id, 0) + num_tokens
 
-    def _try(self, rotary: Rotary, max_model_len: int) -> float:
+    def _try(self, rotary: Rotary, max_model_len: int, vocab_size: int) -> float:
         """Compute the same tokens at two positions; return the error of the rotated keys in the worst layer."""
         num_tokens = min(TEST_TOKENS, max_model_len // 2)
         num_blocks = -(-num_tokens // self._facts.block_tokens)
-        tokens = (np.arange(num_tokens) * 7919 % 1000 + 3).tolist()  # what they are does not matter
+        tokens = (np.arange(num_tokens) * 7919 % vocab_size).tolist()  # what they are does not matter
         here, there = (list(range(1 + n * num_blocks, 1 + (n + 1) * num_blocks)) for n in range(2))
         shift = max_model_len - num_tokens
         self._pass.compute([PassRun(tokens, 0, here)])

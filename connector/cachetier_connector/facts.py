@@ -216,6 +216,7 @@ def _blend_refusal(vllm_config: "VllmConfig", spec: Any) -> str:
         "data parallel ranks run their forward passes in step": parallel.data_parallel_size > 1,
         "its KV are latents, whose rotation is not implemented": _is_mla(spec),
         "speculative decoding keeps KV of a second model": vllm_config.speculative_config is not None,
+        "passes out of turn would run with the adapters of other requests": vllm_config.lora_config is not None,
         "its KV are e5m2 numbers, whose rotation is not implemented": _kv_dtype(vllm_config) == "fp8_e5m2",
         "its positions have several dimensions": bool(getattr(model, "uses_mrope", False)),
     }

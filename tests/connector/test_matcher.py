@@ -11,7 +11,7 @@ from cachetier.core.messages import TIER_HOST
 from cachetier_connector import link as link_module
 from cachetier_connector import matcher as matcher_module
 from cachetier_connector.matcher import Matcher
-from cachetier_connector.requests import TrackedRequest
+from cachetier_connector.requests import MatchTicket, TrackedRequest
 from cachetier_connector.wishes import Wishes
 from tests.connector.engines import FakeRequest
 from tests.connector.servers import CHUNK, LAYOUT, connect, eventually, identity, stats_of, tokens_of
@@ -25,9 +25,9 @@ def matcher(tier, request):
     matcher.stop()
 
 
-def tracked(tokens, *, may_load=True, **attributes):
+def tracked(tokens, *, may_load=True, may_blend=False, wishes=Wishes(), **attributes):  # noqa: B008 (it is a value)
     request = FakeRequest("r", tokens, **attributes)
-    return TrackedRequest(request=request, wishes=Wishes(), may_load=may_load, may_store=True)
+    return TrackedRequest(request=request, wishes=wishes, may_load=may_load, may_store=True, may_blend=may_blend)
 
 
 def done(ticket):
@@ -210,3 +210,72 @@ def test_the_queue_is_bounded_and_a_full_one_makes_a_miss(tier, monkeypatch):
         done(ticket)
     assert any(ticket.reply is not None for ticket in tickets)
     matcher.stop()
+
+
+class TestDocuments:
+    """A prompt of 100 other tokens, a document of 4 chunks, and 30 tokens more."""
+
+    DOCUMENT = tokens_of(30, 4 * CHUNK)
+    PROMPT = (*tokens_of(31, 100), *DOCUMENT, *tokens_of(32, 30))
+
+    @pytest.fixture
+    def matcher(self, tier, matcher):
+        """A matcher that has registered the document, as at the end of its request."""
+        before = stats_of(tier.server)["documents"]
+        tier.store(self.DOCUMENT)
+        alone = tracked(self.DOCUMENT, may_load=False, wishes=Wishes(document="a"))
+        matcher.register_document(alone, done(matcher.match(alone)))
+        eventually(lambda: stats_of(tier.server)["documents"] == before + 1)
+        return matcher
+
+    def test_documents_are_found_for_those_who_may_blend_and_given_back_with_the_ticket(self, tier, matcher):
+        ticket = done(matcher.match(tracked(self.PROMPT, may_blend=True)))
+        [found] = ticket.documents
+        assert (found.document, found.offset, found.ticket.reply.num_chunks) == ("a", 100, 4)
+        assert (found.ticket.chunk_tokens, found.ticket.instance) == (CHUNK, ticket.instance)
+        assert leases(tier.server) == 1
+        hits = stats_of(tier.server)["tokens"]["hit"]["host"]
+        for _ in range(2):
+            matcher.release(ticket)
+        assert eventually(lambda: leases(tier.server) == 0)
+        assert stats_of(tier.server)["tokens"]["hit"]["host"] == hits
+        assert done(matcher.match(tracked(self.PROMPT))).documents == []
+
+    def test_a_document_that_is_part_of_the_held_prefix_is_not_looked_for(self, tier, matcher):
+        ticket = done(matcher.match(tracked(self.DOCUMENT + tokens_of(33, 99), may_blend=True)))
+        assert (ticket.reply.num_chunks, ticket.documents) == (4, [])
+        matcher.release(ticket)
+
+    def test_another_salt_finds_nothing(self, matcher):
+        assert done(matcher.match(tracked(self.PROMPT, may_blend=True, cache_salt="another"))).documents == []
+
+    @pytest.mark.parametrize("number", [0, 1, 2])
+    def test_a_ticket_abandoned_at_any_moment_gives_the_documents_back(self, tier, matcher, monkeypatch, number):
+        """Before, while and after the answer comes."""
+        call, calls = matcher._link.call, []
+
+        def abandon(make_message, timeout_s):
+            if len(calls) == number:
+                matcher.release(ticket)
+            calls.append(None)
+            return call(make_message, timeout_s)
+
+        asking = tracked(self.PROMPT, may_blend=True)
+        matcher._submit(lambda: time.sleep(0.1))  # until `ticket` is known here
+        monkeypatch.setattr(matcher._link, "call", abandon)
+        ticket = done(matcher.match(asking))
+        assert len(calls) > number
+        assert eventually(lambda: leases(tier.server) == 0)
+
+    def test_the_leases_on_documents_are_renewed_too(self, tier, matcher):
+        ticket = done(matcher.match(tracked(self.PROMPT, may_blend=True)))
+        [found] = ticket.documents
+        assert found.ticket.reply.lease in matcher._leased
+        matcher.release(ticket)
+        eventually(lambda: found.ticket.reply.lease not in matcher._leased)
+
+    def test_a_request_that_was_never_matched_registers_nothing(self, tier, matcher):
+        before = stats_of(tier.server)["documents"]
+        matcher.register_document(tracked(tokens_of(34, 200), wishes=Wishes(document="b")), MatchTicket())
+        done(matcher.match(tracked(self.PROMPT, may_load=False)))
+        assert stats_of(tier.server)["documents"] == before

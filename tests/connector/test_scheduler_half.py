@@ -23,10 +23,12 @@ from tests.connector.servers import BLOCK, CHUNK, LAYOUT, Tier, eventually, iden
 class Scheduling:
     """A scheduler half, and vLLM's part of the conversation with it."""
 
-    def __init__(self, tier: Tier, name: str, *, loads: bool = True, stores: bool = True, device: str = "cpu") -> None:
+    def __init__(
+        self, tier: Tier, name: str, *, loads: bool = True, stores: bool = True, device: str = "cpu", **settings
+    ) -> None:
         facts = EngineFacts(
             engine="e",
-            config=ConnectorConfig(server=f"unix:{tier.server.socket_path}", match_deadline_ms=5000),
+            config=ConnectorConfig(server=f"unix:{tier.server.socket_path}", match_deadline_ms=5000, **settings),
             loads=loads,
             stores=stores,
             block_tokens=BLOCK,

@@ -3,8 +3,6 @@
 The file is what the paged blocks held when the request ended, in the canonical layout: so a test can compare the KV
 itself, and not only the tokens that came of it. On a GPU it is read with plain indexing, and not with the copy engine
 that the test is about; the CPU's blocks are packed, and only the copy engine knows how.
-
-It loads whatever is held, also where computing would be faster: a small model's hits must not depend on the disk.
 """
 
 import os
@@ -13,23 +11,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cachetier_connector.break_even import Choice
-from cachetier_connector.connector import CachetierConnector, StepMetadata
+from cachetier_connector.connector import StepMetadata
 from cachetier_connector.facts import layers_in_order
+from tests.e2e.loading_connector import LoadingConnector
 
 DUMP_DIR = "CACHETIER_TEST_DUMP_DIR"
 GRAIN_TOKENS = 16
-PATIENCE_S = 5.0
 
 
-class ProbeConnector(CachetierConnector):
+class ProbeConnector(LoadingConnector):
     """Dumps `[tokens // 16, shard bytes of 16 tokens]` to `DUMP_DIR/REQUEST.RANK.npy`."""
 
     def __init__(self, vllm_config, role, kv_cache_config):
         super().__init__(vllm_config, role, kv_cache_config)
         self.ended = []
-        if self._scheduler is not None:
-            self._scheduler._break_even.choose = lambda hit: Choice(len(hit.tiers), PATIENCE_S)
 
     def request_finished(self, request, block_ids):
         result = super().request_finished(request, block_ids)

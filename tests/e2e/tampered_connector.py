@@ -2,11 +2,11 @@
 
 import torch
 
-from cachetier_connector.connector import CachetierConnector
 from cachetier_connector.model_keeper import loaded_model
+from tests.e2e.loading_connector import LoadingConnector
 
 
-class TamperedConnector(CachetierConnector):
+class TamperedConnector(LoadingConnector):
     """Keys of position p are turned as those of position p * 1.05 should be, from before the first is computed."""
 
     def register_kv_caches(self, kv_caches):

@@ -6,7 +6,6 @@ import random
 import pytest
 
 from tests.e2e.blending import (
-    BLENDING,
     DOCUMENTS,
     QUESTION,
     BlendStand,
@@ -41,7 +40,7 @@ def test_recomputing_everything_gives_the_plain_engines_kv_and_answers(tmp_path,
     """In pieces of at most 512 tokens and 4 runs, alone and with two requests in flight."""
     num_ranks = arguments.get("tensor_parallel_size", 1)
     probe = {"probe_dir": tmp_path} if num_ranks == 1 else {}  # answers show it for both
-    stand = BlendStand(tmp_path, BLENDING, max_num_batched_tokens=512, max_num_seqs=4, **probe, **arguments)
+    stand = BlendStand(tmp_path, max_num_batched_tokens=512, max_num_seqs=4, **probe, **arguments)
     try:
         stand.register(DOCUMENTS)
         long_start = prompt_of(50, 600)["tokens"]  # in several steps, the first while documents are being loaded
@@ -67,7 +66,7 @@ def test_recomputing_everything_gives_the_plain_engines_kv_and_answers(tmp_path,
 def test_preempted_blends_leave_nothing_that_a_plain_request_finds(tmp_path):
     """37 blocks of 32 tokens, for three requests that begin with 11 and end with 15."""
     engine = {"block_size": 32, "num_gpu_blocks_override": 38, "max_model_len": 512, "async_scheduling": True}
-    stand = BlendStand(tmp_path, BLENDING, **engine)
+    stand = BlendStand(tmp_path, **engine)
     try:
         stand.register({"b": DOCUMENTS["b"]})
         prompts = [joined(prompt_of(30 + number, 90)["tokens"], "b", QUESTION) for number in range(3)]
@@ -88,7 +87,7 @@ def test_preempted_blends_leave_nothing_that_a_plain_request_finds(tmp_path):
 
 
 def test_a_model_that_turns_keys_otherwise_than_it_says_is_not_blended(tmp_path):
-    stand = BlendStand(tmp_path, BLENDING, connector_class=TAMPERED)
+    stand = BlendStand(tmp_path, connector_class=TAMPERED)
     try:
         stand.register({"b": DOCUMENTS["b"]})
         prompt = {"tokens": joined(HEAD, "b", QUESTION)}
@@ -105,7 +104,7 @@ def test_a_model_that_turns_keys_otherwise_than_it_says_is_not_blended(tmp_path)
 @pytest.fixture(scope="module")
 def stand_and_ids(tmp_path_factory):
     folder = tmp_path_factory.mktemp("blend")
-    stand = BlendStand(folder, BLENDING, probe_dir=folder)
+    stand = BlendStand(folder, probe_dir=folder)
     try:
         yield stand, stand.register(DOCUMENTS)
         stand.kill()
