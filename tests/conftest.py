@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,21 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Remove the arenas that this run left behind and that no process maps."""
-    left = set(Path("/dev/shm").glob(ARENAS)) - session.config.stash[before]
+    """Remove the arenas that this run left behind and that no process maps.
+
+    Looks twice: a server that starts just now, in another run, has made its arena and is about to map it.
+    """
+    left = unmapped(session.config.stash[before])
+    if left:
+        time.sleep(2)
+    for arena in left & unmapped(session.config.stash[before]):
+        arena.unlink(missing_ok=True)
+
+
+def unmapped(known: set[Path]) -> set[Path]:
+    """Return the arenas besides those `known` that no process maps."""
     mapped = ""
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             mapped += maps.read_text()
-    for arena in left:
-        if str(arena) not in mapped:
-            arena.unlink(missing_ok=True)
+    return {arena for arena in set(Path("/dev/shm").glob(ARENAS)) - known if str(arena) not in mapped}
