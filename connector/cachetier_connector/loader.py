@@ -178,7 +178,7 @@ class Loader:
             log.error("cachetier: a chunk does not match its checksum; dropping it and computing from there")
             self._report_corrupt(run.corrupt_key)
         end = (load.first_chunk + num_good) * load.chunk_tokens + load.shift
-        return max(load.start, min(load.end, end)) if num_good else load.start
+        return max(load.start, min(load.end, end))
 
     def _log_times(self, num_good: int, load: LoadOp, since_s: float, start_s: float, pushed_s: float) -> None:
         end_s = time.monotonic()

@@ -345,11 +345,11 @@ class TestParts:
         loading.loader.stop()
 
     def op_of(self, tier, part: int, seed: int = 50, shift: int = 100):
-        """Return a part that loads the last 240 of 256 tokens of a document, and the document's frames."""
+        """Return a part that loads tokens 16 to 250 of a document, and the document's frames."""
         tokens = tokens_of(seed, 4 * CHUNK)
         tier.store(tokens)
         reply = tier.match(tokens)
-        op = tier.load_op(reply, 16, 4 * CHUNK, blocks_for(1024))
+        op = tier.load_op(reply, 16, 250, blocks_for(1024))
         return replace(shifted(op, shift), part=part), reply.frames
 
     def ended(self, loading, op) -> int:
@@ -366,7 +366,7 @@ class TestParts:
             loading.loader.submit(op)
         found: dict[int, int] = {}
         eventually(lambda: found.update(loading.loader.take_parts().get("r", {})) or len(found) == 2)
-        assert found == {0: 356, 3: 756}
+        assert found == {0: 350, 3: 750}
         assert loading.loader.take_finished() == set()
         assert loading.loader.take_parts() == {}
         assert loading.loader.take_seconds().keys() == {"r"}
@@ -388,9 +388,10 @@ class TestParts:
 
     def test_parts_that_were_taken_are_not_waited_for(self, tier, loading):
         op, _ = self.op_of(tier, 0)
-        assert self.ended(loading, op) == 356
+        assert self.ended(loading, op) == 350
         since = time.monotonic()
-        assert loading.loader.take_finished(wait_s=5) == set()
+        for _ in range(2):  # the first may still see that something has ended
+            assert loading.loader.take_finished(wait_s=5) == set()
         assert time.monotonic() - since < 4
 
     def test_the_end_of_a_part_ends_the_wait_for_loads(self, tier, loading):
@@ -402,4 +403,4 @@ class TestParts:
         loading.loader.submit(op)
         assert loading.loader.take_finished(wait_s=5) == set()
         assert time.monotonic() - since < 4
-        assert loading.loader.take_parts() == {"r": {0: 356}}
+        assert loading.loader.take_parts() == {"r": {0: 350}}
