@@ -70,8 +70,12 @@ class Stand:
         logprobs: list[NDArray[np.float32]] = []
         for start in range(0, len(questions), AT_ONCE):
             logprobs += self._ask([(question.prompt, wishes) for question in questions[start:][:AT_ONCE]])
+        expected = len(questions) if wishes.get("blend") else 0
+        self.server.wait_for(
+            lambda stats: stats["requests"]["blended"] >= before[0] + expected
+        )  # told after the answer
         requests, loaded, computed = (now - then for now, then in zip(self._blended(), before, strict=True))
-        assert requests == (len(questions) if wishes.get("blend") else 0), f"{requests} of {len(questions)} blended"
+        assert requests == expected, f"{requests} of {len(questions)} blended"
         return [Answer(each, loaded / len(questions), computed / len(questions)) for each in logprobs]
 
     def _ask(self, requests: list[tuple[NDArray[np.int32], dict[str, Any]]]) -> list[NDArray[np.float32]]:

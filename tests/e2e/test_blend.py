@@ -57,6 +57,7 @@ def test_recomputing_everything_gives_the_plain_engines_kv_and_answers(tmp_path,
             for name, plain in zip(stand.last_ids(3), plain_ids, strict=True) if probe else ():
                 assert largest_difference(tmp_path, name, plain) < BF16_ERROR
         loaded = 2 * sum(num_tokens(planned(prompt, order).loads) for order, prompt in orders.items())
+        stand.server.wait_for(lambda stats: stats["requests"]["blended"] >= 6)
         assert stand.blend_counts()[:2].tolist() == [6, loaded]
         stand.stop()
     finally:
@@ -203,6 +204,7 @@ def test_a_document_that_is_damaged_between_match_and_load_is_computed(stand):
         for frame in frames:
             arena.flip_bit(random.Random(frame), frame, "object")
     answers = stand.engine.finish()
+    stand.server.wait_for(lambda stats: stats["requests"]["blended"] > before["requests"]["blended"])
     after = stand.settled()
     assert_same_answers(answers, expected, NOISE)
     assert after["checksum_failures"] == before["checksum_failures"] + 2, "each load stops at its first bad chunk"
