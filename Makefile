@@ -41,7 +41,7 @@ format: venv ## Format and sort imports
 	$(BIN)/ruff format
 
 bench: venv ## Run the CPU benchmarks and write bench/RESULTS.md
-	for question in match scheduler_thread segments promotion index_scale prefill; do $(BIN)/python bench/$$question.py || exit 1; done
+	for question in match match_documents scheduler_thread segments promotion index_scale prefill; do $(BIN)/python bench/$$question.py || exit 1; done
 	$(BIN)/python bench/report.py
 
 clean: ## Remove the environment and caches

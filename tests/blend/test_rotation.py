@@ -14,6 +14,8 @@ from vllm.model_executor.layers import rotary_embedding
 
 from cachetier_blend.rotation import CannotRotate, Rotary, read_rotary, rotate
 
+pytestmark = pytest.mark.slow  # vLLM's own classes are imported, and asked for every kind
+
 HEAD_SIZE = 64
 MAX_POSITIONS = 131_072
 BF16_ERROR_MAX = 0.005
