@@ -1,5 +1,6 @@
 """One engine with one server, asked with and without the tier, and counted: what the tests of features stand on."""
 
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ NOISE = 0.1
 # These tests count hits, so a busy machine must not turn any into a miss.
 PATIENT = {"match_deadline_ms": 10_000, "load_deadline_ms": 10_000}
 PLAIN = {"cachetier": {"load": False, "store": False}}
+
+FEW_CORES = pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="two ranks spin, and leave two cores none for others")
 
 
 class Counts(NamedTuple):

@@ -19,7 +19,7 @@ from tests.e2e.blending import (
 )
 from tests.e2e.harm import SharedArena
 from tests.e2e.harness import assert_same_answers
-from tests.e2e.stand import NOISE, PLAIN, prompt_of
+from tests.e2e.stand import FEW_CORES, NOISE, PLAIN, prompt_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -33,7 +33,11 @@ HEAD = prompt_of(20, 37)["tokens"]
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"enforce_eager": True}, {"enforce_eager": False}, {"enforce_eager": True, "tensor_parallel_size": 2}],
+    [
+        {"enforce_eager": True},
+        {"enforce_eager": False},
+        pytest.param({"enforce_eager": True, "tensor_parallel_size": 2}, marks=FEW_CORES),
+    ],
     ids=["eager", "compiled", "two ranks"],
 )
 def test_recomputing_everything_gives_the_plain_engines_kv_and_answers(tmp_path, arguments):

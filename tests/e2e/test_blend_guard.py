@@ -6,7 +6,7 @@ import pytest
 
 from tests.e2e.blending import BLENDING, DOCUMENTS, QUESTION, BlendStand, blended, joined
 from tests.e2e.harness import assert_same_answers
-from tests.e2e.stand import NOISE, PLAIN, prompt_of
+from tests.e2e.stand import FEW_CORES, NOISE, PLAIN, prompt_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -55,6 +55,7 @@ def divergence(full: dict, other: dict) -> float:
 # Tests with engines of their own come first: the engine that the others share stays until the end.
 
 
+@FEW_CORES
 def test_ranks_compute_a_check_together(tmp_path):
     stand = GuardStand(tmp_path, tensor_parallel_size=2)
     try:

@@ -1,18 +1,13 @@
 """Stores that read paged blocks long after the step, as on a GPU: vLLM keeps the blocks, and takes them back after."""
 
-import os
-
 import pytest
 
 from tests.e2e.harness import assert_same_answers
-from tests.e2e.stand import NOISE, Stand, prompt_of, storable
+from tests.e2e.stand import FEW_CORES, NOISE, Stand, prompt_of, storable
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 BATCH_NOISE = 0.25  # what is stored was computed in batches with other requests, and decoded
-
-
-FEW_CORES = pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="two ranks spin, and leave two cores none for stores")
 
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=FEW_CORES)])
