@@ -115,7 +115,8 @@ class Setting:
     @property
     def connector_settings(self) -> dict[str, Any]:
         """What cachetier's connector is told: its defaults, except on a machine that is busy with other things."""
-        return {"match_deadline_ms": 10_000, "load_deadline_ms": 10_000} if self.is_rehearsal else {}
+        names = ("match_deadline_ms", "load_deadline_ms", "store_deadline_ms")
+        return dict.fromkeys(names, 60_000) if self.is_rehearsal else {}
 
     def engine_arguments(self) -> dict[str, Any]:
         """Return vLLM's engine arguments."""

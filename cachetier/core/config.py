@@ -101,6 +101,9 @@ class ConnectorConfig:
     chunk_tokens: int = setting(64, "private server: tokens a chunk")
     match_deadline_ms: float = setting(200.0, "how long a request may wait for the server's answer to its match")
     load_deadline_ms: float = setting(500.0, "how long a load may go without progress before it is given up")
+    store_deadline_ms: float = setting(
+        1000.0, "how long a store may wait in its worker, and then for each answer of the server, before it is dropped"
+    )
     staging_bytes: int = setting(
         256 * MIB, "host memory for KV on its way to the tier; what does not fit is dropped (CPU engines)", size=True
     )
@@ -139,7 +142,7 @@ class ConnectorConfig:
                 f"server is {self.server!r}; it must be unix:PATH (payloads travel through shared memory, so the "
                 "server runs on the engine's node)"
             )
-        for name in ("match_deadline_ms", "load_deadline_ms"):
+        for name in ("match_deadline_ms", "load_deadline_ms", "store_deadline_ms"):
             if not 1 <= getattr(self, name) <= 60_000:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be between 1 and 60000")
         _at_least("staging_bytes", self.staging_bytes, MIB)

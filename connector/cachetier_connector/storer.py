@@ -36,8 +36,6 @@ from cachetier_connector.link import ServerLink
 from cachetier_connector.plan import StoreOp
 from cachetier_connector.pool_keeper import PoolKeeper
 
-QUEUE_TIME_MAX_S = 1.0
-CALL_TIMEOUT_S = 1.0
 IDLE_S = 0.2
 STOP_TIMEOUT_S = 3.0
 
@@ -68,6 +66,7 @@ class Storer:
         arenas: ArenaCache,
         *,
         staging_bytes: int,
+        deadline_s: float,
         num_workers: int = 1,
     ) -> None:
         """Start the thread.
@@ -79,10 +78,11 @@ class Storer:
             shard: this rank's part of it.
             arenas: to write to.
             staging_bytes: how much may wait in host memory.
+            deadline_s: how long a store may wait here, and then for each answer of the server.
             num_workers: of the whole engine.
         """
         self._engine, self._link, self._tiling, self._shard, self._arenas = engine, link, tiling, shard, arenas
-        self._staging_bytes = staging_bytes
+        self._staging_bytes, self._deadline_s = staging_bytes, deadline_s
         self._lock = threading.Lock()
         self._let_go = threading.Condition(self._lock)
         self._staged_bytes = self._dropped = 0
@@ -143,13 +143,13 @@ class Storer:
 
     def report_corrupt(self, key: bytes) -> None:
         """Tell the server that a chunk does not match its checksum."""
-        self._jobs.put(lambda: self._link.call(lambda session: Invalidate(session=session, keys=key), CALL_TIMEOUT_S))
+        self._jobs.put(lambda: self._link.call(lambda session: Invalidate(session=session, keys=key), self._deadline_s))
 
     def commit_pool(self, fill: int, frames: list[int]) -> None:
         """Tell the server which frames of the own pool a load has filled."""
         self._jobs.put(
             lambda: self._link.call(
-                lambda session: CommitPool(session=session, fill=fill, frames=frames), CALL_TIMEOUT_S
+                lambda session: CommitPool(session=session, fill=fill, frames=frames), self._deadline_s
             )
         )
 
@@ -190,7 +190,7 @@ class Storer:
     def _store(self, queued: _Queued) -> None:
         is_done = False
         try:
-            is_done = time.monotonic() - queued.since_s <= QUEUE_TIME_MAX_S and self._store_now(queued)
+            is_done = time.monotonic() - queued.since_s <= self._deadline_s and self._store_now(queued)
         finally:
             with self._lock:
                 self._queued.discard(queued)
@@ -207,7 +207,7 @@ class Storer:
             parent = store.parent
         elif position != store.position:
             return False  # an earlier part of the chain was dropped
-        reply = self._link.call(lambda session: self._reserve(session, store, parent), CALL_TIMEOUT_S)
+        reply = self._link.call(lambda session: self._reserve(session, store, parent), self._deadline_s)
         if reply is None:
             return False
         self._chains[store.request_id] = (store.position + queued.num_chunks, reply.keys[-KEY_BYTES:])
@@ -216,7 +216,7 @@ class Storer:
         arena = self._arenas.get(server.arena_path, server.instance)
         checksums = self._fill(arena, reply, queued)
         commit = self._link.call(
-            lambda session: Commit(session=session, lease=reply.lease, checksums=checksums), CALL_TIMEOUT_S
+            lambda session: Commit(session=session, lease=reply.lease, checksums=checksums), self._deadline_s
         )
         return commit is not None
 
@@ -251,6 +251,8 @@ class Storer:
     def _report_dropped(self) -> None:
         with self._lock:
             dropped = self._dropped
-        if dropped and self._link.call(lambda session: Report(session=session, stores_dropped=dropped), CALL_TIMEOUT_S):
+        if not dropped:
+            return
+        if self._link.call(lambda session: Report(session=session, stores_dropped=dropped), self._deadline_s):
             with self._lock:
                 self._dropped -= dropped

@@ -67,6 +67,7 @@ class WorkerHalf:
             number,
             arenas,
             staging_bytes=facts.config.staging_bytes,
+            deadline_s=facts.config.store_deadline_ms / 1000,
             num_workers=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
         )
         self._loader = Loader(

@@ -117,7 +117,9 @@ class Tier:
     def storer(self, engine: CopyEngine, tiling: list[Shard] = WHOLE, shard: int = 0, **settings: Any) -> Storer:
         """Return a storer with a link of its own."""
         link = connect(self.server, f"storer {shard}")
-        return Storer(engine, link, tiling, shard, self.arenas, **({"staging_bytes": 1 << 24} | settings))
+        return Storer(
+            engine, link, tiling, shard, self.arenas, **({"staging_bytes": 1 << 24, "deadline_s": 1.0} | settings)
+        )
 
     def store(self, tokens: list[int], tiling: list[Shard] = WHOLE, seed: int = 0) -> torch.Tensor:
         """Store random KV for all complete chunks of `tokens`, each rank its shard; return the rows of all ranks."""

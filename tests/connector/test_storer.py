@@ -7,7 +7,6 @@ import pytest
 
 from cachetier.core.checksum import object_checksum
 from cachetier.core.layout import frame_bytes
-from cachetier_connector import storer as storer_module
 from cachetier_connector.arena_cache import ArenaCache
 from cachetier_connector.plan import StoreOp, extras_of
 from cachetier_connector.storer import Storer
@@ -157,10 +156,9 @@ def test_what_does_not_fit_into_staging_memory_is_dropped_and_counted_until_it_c
     assert held == [0, 1, 0, 1, 2]
 
 
-def test_what_waited_too_long_is_dropped_and_counted(tier, monkeypatch):
-    monkeypatch.setattr(storer_module, "QUEUE_TIME_MAX_S", 0.05)
+def test_what_waited_too_long_is_dropped_and_counted(tier):
     before, tokens = dropped(tier.server), tokens_of(10, CHUNK)
-    storer = tier.storer(ENGINE)
+    storer = tier.storer(ENGINE, deadline_s=0.05)
     storer._jobs.put(lambda: time.sleep(0.2))
     storer.submit(op(tier, tokens))
     assert eventually(lambda: dropped(tier.server) - before) == 1
@@ -242,11 +240,11 @@ def test_kept_blocks_are_released_only_after_they_were_read(tier, lazy):
 
 
 @pytest.mark.parametrize("reason", ["late", "no parent", "refused", "the copy fails"])
-def test_blocks_of_stores_that_are_dropped_are_released_too(tier, lazy, monkeypatch, reason):
+def test_blocks_of_stores_that_are_dropped_are_released_too(tier, lazy, reason):
     tokens, before = tokens_of(31, CHUNK), dropped(tier.server)
     store = op(tier, tokens, parent=None if reason == "no parent" else b"")
     if reason == "late":
-        monkeypatch.setattr(storer_module, "QUEUE_TIME_MAX_S", -1)
+        lazy.storer._deadline_s = -1.0
     if reason == "refused":
         store = store_op(b"short", tokens, TABLE)
     if reason == "the copy fails":
@@ -302,7 +300,9 @@ def test_a_cancel_of_others_waits_for_nobody(tier, lazy):
 
 def test_an_arena_is_mapped_before_anything_is_stored_or_loaded(tier):
     mapped = []
-    storer = Storer(ENGINE, connect(tier.server), WHOLE, 0, ArenaCache(mapped.append), staging_bytes=OBJECT_BYTES)
+    storer = Storer(
+        ENGINE, connect(tier.server), WHOLE, 0, ArenaCache(mapped.append), staging_bytes=OBJECT_BYTES, deadline_s=1.0
+    )
     eventually(lambda: mapped)
     storer.stop()
     assert len(mapped) == 1

@@ -7,7 +7,7 @@ after the step that completed it, so that blocks which vLLM gives to others too 
 import dataclasses
 import time
 
-from cachetier_connector import connector, copy_factory, storer
+from cachetier_connector import connector, copy_factory
 from tests.connector.lazy_engine import LazyCopyEngine
 
 CHUNK_S = 0.04
@@ -25,7 +25,6 @@ class SlowCopyEngine(LazyCopyEngine):
 
 connector.read_facts = lambda *configs: dataclasses.replace(_read_facts(*configs), device="cuda")
 copy_factory.CpuCopyEngine = SlowCopyEngine
-storer.QUEUE_TIME_MAX_S = storer.CALL_TIMEOUT_S = 60.0  # what is stored is counted
 
 
 class LazyConnector(connector.CachetierConnector):

@@ -12,7 +12,15 @@ import sys
 
 import torch
 
-from tests.connector.cuda.kernel_cases import FORMS, Case, check_digests, check_gather, check_round_trip, check_scatter
+from tests.connector.cuda.kernel_cases import (
+    FORMS,
+    Case,
+    Turn,
+    check_digests,
+    check_gather,
+    check_round_trip,
+    check_scatter,
+)
 
 
 def main() -> None:
@@ -23,8 +31,11 @@ def main() -> None:
         check_gather(case, device)
         check_scatter(case, device)
         check_round_trip(case, device)
+    for is_interleaved in (False, True):
+        case = Case("nhd", torch.bfloat16, 64, 16, 20, num_chunks=3, first_token=9, skip_tokens=7, drop_tokens=3)
+        check_scatter(case, device, Turn.of(torch.bfloat16, is_interleaved, 32, 1_234))
     check_digests([4096, 32, 4064, 4096, 2080], 3, device)
-    sys.stdout.write(f"gather, scatter and digest_pages are right on {torch.cuda.get_device_name(device)}\n")
+    sys.stdout.write(f"gather, scatter, also of turned keys, and digest_pages are right on {device}\n")
 
 
 if __name__ == "__main__":
