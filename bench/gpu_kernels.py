@@ -27,7 +27,7 @@ import torch
 from record import record, row
 
 from cachetier.core.layout import PAGE_BYTES
-from cachetier_connector.cuda.kernels import digest_pages, gather, scatter
+from cachetier_connector.cuda.kernels import Digests, digest_pages, gather, scatter
 from cachetier_connector.cuda.paged_layers import PagedLayers
 
 SLEEP_CYCLES = 20_000_000  # about 10 ms: longer than enqueueing a round takes, or a round is taken again
@@ -88,7 +88,7 @@ class Bench:
     def work(self, num_chunks: int) -> dict[str, Callable[[], Any]]:
         """Return what is measured by name; each call is one launch."""
         turns, layers, chunk_tokens = self.turns(num_chunks), self.layers, self.shape.chunk_tokens
-        num_tokens, digests = num_chunks * chunk_tokens, self.digests[:num_chunks]
+        num_tokens, digests = num_chunks * chunk_tokens, Digests(self.page_bytes, self.digests[:num_chunks])
         rings = self.ring.view(2, -1, num_chunks * self.chunk_bytes)
         numbers = iter(range(sys.maxsize))
 
@@ -101,7 +101,11 @@ class Bench:
             scatter(layers, blocks, 0, num_tokens, 0, chunk_tokens, sources, self.offsets)
 
         def run_digests() -> None:
-            digest_pages(next(turns)[1], self.page_bytes, digests)
+            digest_pages(next(turns)[1], digests)
+
+        def run_scatter_and_digests() -> None:
+            blocks, sources = next(turns)
+            scatter(layers, blocks, 0, num_tokens, 0, chunk_tokens, sources, self.offsets, digests=digests)
 
         def run_gather_through_triton() -> None:
             layers.launches.clear()
@@ -115,6 +119,7 @@ class Bench:
             "gather": run_gather,
             "scatter": run_scatter,
             "digest_pages": run_digests,
+            "scatter and digest": run_scatter_and_digests,
             OWN_LAUNCH: run_gather_through_triton,
             "torch copy_": run_copy,
         }

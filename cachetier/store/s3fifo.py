@@ -22,7 +22,7 @@ from cachetier.store.chunk import HostChunk
 
 SMALL_SHARE = 10  # one in so many chunks belongs in the small queue
 LIFETIMES = 3
-MEMORY_S = 60.0  # no scan is faster than that in making all hits forgotten
+MEMORY_S = 10.0  # popular prompts are asked for more often, and no scan makes hits forgotten faster than that
 ROUNDS_MAX = 8  # a search moves so many chunks that were hit lately out of the way of stale ones
 SECOND_CHANCES_MAX = 2048  # a search spares so many chunks that were hit; then the next free one goes, hit or not
 KEPT_MAX = 512  # a search passes over so many chunks that are in use, and then gives up

@@ -24,7 +24,7 @@ from cachetier_connector.copy_base import CopyEngine
 from cachetier_connector.cuda.device import CudaDevice, Device
 from cachetier_connector.cuda.device_plan import DevicePlans
 from cachetier_connector.cuda.direct_reads import DirectReader
-from cachetier_connector.cuda.kernels import Rotation, digest_pages, gather, scatter
+from cachetier_connector.cuda.kernels import Digests, Rotation, digest_pages, gather, scatter
 from cachetier_connector.cuda.pool import DevicePools
 from cachetier_connector.cuda.probe_disk import MODE_DIRECT, MODE_HOST, probe
 from cachetier_connector.cuda.registration import Registration
@@ -243,23 +243,25 @@ class StagedCopyEngine(CopyEngine):
             with turns:
                 use = turns.begin()
                 staged = lane.addresses(use, 1, each.plan.stage_bytes)
-                digests = use.digests(1, len(each.plan.page_bytes))
+                digests = Digests(each.page_bytes, use.digests(1, len(each.plan.page_bytes)))
 
                 def work(stream: int | None) -> None:
                     gather(each.layers, blocks.tensor, 0, 1, chunk_tokens, staged, stream)  # noqa: B023
-                    digest_pages(staged, each.page_bytes, digests, stream)  # noqa: B023
-                    scatter(
-                        each.layers,  # noqa: B023
-                        blocks.tensor,
-                        0,
-                        chunk_tokens,
-                        0,
-                        chunk_tokens,
-                        staged,  # noqa: B023
-                        each.unit_offsets,  # noqa: B023
-                        stream,
-                        rotation,
-                    )
+                    digest_pages(staged, digests, stream)  # noqa: B023
+                    for fused in (None, digests):  # noqa: B023
+                        scatter(
+                            each.layers,  # noqa: B023
+                            blocks.tensor,
+                            0,
+                            chunk_tokens,
+                            0,
+                            chunk_tokens,
+                            staged,  # noqa: B023
+                            each.unit_offsets,  # noqa: B023
+                            stream,
+                            rotation,
+                            fused,
+                        )
 
                 self._device.launch(lane.kernels, work)
                 turns.end(use, lane.kernels, lambda _: None)

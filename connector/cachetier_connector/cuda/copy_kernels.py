@@ -8,6 +8,7 @@ since they are neighbours in a block. Nothing is compiled before the first launc
 import triton
 import triton.language as tl
 
+from cachetier_connector.cuda.digest_kernel import digest_some
 from cachetier_connector.cuda.rotate_kernel import rotated
 
 
@@ -96,9 +97,12 @@ def gather_kernel(
         "sources",
         "unit_offsets",
         "table",
+        "page_bytes",
+        "digests",
         "first_token",
         "num_tokens",
         "skip_tokens",
+        "num_pages",
     ]
 )
 def scatter_kernel(
@@ -107,9 +111,86 @@ def scatter_kernel(
     sources,
     unit_offsets,
     table,
+    page_bytes,
+    digests,
     first_token,
     num_tokens,
     skip_tokens,
+    num_pages,
+    chunk_tokens: tl.constexpr,
+    num_layers: tl.constexpr,
+    num_heads: tl.constexpr,
+    row_units: tl.constexpr,
+    tile: tl.constexpr,
+    unit: tl.constexpr,
+    align_bytes: tl.constexpr,
+    block_tokens: tl.constexpr,
+    block_stride: tl.constexpr,
+    head_stride: tl.constexpr,
+    token_stride: tl.constexpr,
+    pages_a_program: tl.constexpr,
+    first_dim: tl.constexpr,
+    half: tl.constexpr,
+    is_interleaved: tl.constexpr,
+    up: tl.constexpr,
+    scale: tl.constexpr,
+    largest: tl.constexpr,
+):
+    """Copy the wanted tokens of staged chunks to rows of paged blocks; programs: (layer, tile, head), chunk.
+
+    Unless `half` is 0, a unit is a number, and those that the model rotates are turned by the angles of `table`. Unless
+    `pages_a_program` is 0, further programs digest the chunks' pages, as `digest_kernel` does: while the engine
+    computes, a kernel waits for its kernels to make room, and one kernel does so once.
+    """
+    num_tiles: tl.constexpr = (chunk_tokens * row_units + tile - 1) // tile
+    num_copies: tl.constexpr = num_layers * num_heads * num_tiles
+    program, chunk = tl.program_id(0), tl.program_id(1)
+    if program < num_copies:
+        scatter_tile(
+            layer_ptrs,
+            blocks,
+            sources,
+            unit_offsets,
+            table,
+            first_token,
+            num_tokens,
+            skip_tokens,
+            program,
+            chunk,
+            chunk_tokens,
+            num_layers,
+            num_heads,
+            row_units,
+            tile,
+            unit,
+            align_bytes,
+            block_tokens,
+            block_stride,
+            head_stride,
+            token_stride,
+            first_dim,
+            half,
+            is_interleaved,
+            up,
+            scale,
+            largest,
+        )
+    elif pages_a_program:
+        digest_some(sources, page_bytes, digests, num_pages, program - num_copies, chunk, pages_a_program)
+
+
+@triton.jit
+def scatter_tile(
+    layer_ptrs,
+    blocks,
+    sources,
+    unit_offsets,
+    table,
+    first_token,
+    num_tokens,
+    skip_tokens,
+    program,
+    chunk,
     chunk_tokens: tl.constexpr,
     num_layers: tl.constexpr,
     num_heads: tl.constexpr,
@@ -128,12 +209,8 @@ def scatter_kernel(
     scale: tl.constexpr,
     largest: tl.constexpr,
 ):
-    """Copy the wanted tokens of staged chunks to rows of paged blocks; programs: (layer, tile, head), chunk.
-
-    Unless `half` is 0, a unit is a number, and those that the model rotates are turned by the angles of `table`.
-    """
+    """Copy what one program copies."""
     num_tiles: tl.constexpr = (chunk_tokens * row_units + tile - 1) // tile
-    program, chunk = tl.program_id(0), tl.program_id(1)
     head, layer = program % num_heads, program // num_heads // num_tiles
     index = (program // num_heads % num_tiles) * tile + tl.arange(0, tile)
     number = chunk * chunk_tokens + index // row_units - skip_tokens  # counted from the first wanted token

@@ -9,7 +9,7 @@ interpreted where Triton was imported for it, and vLLM imports it earlier than a
 import triton
 import triton.language as tl
 
-PAGES_A_PROGRAM = 8  # four lanes each: a warp
+PAGES_A_WARP = 8  # four lanes each
 STRIPE_BYTES = tl.constexpr(32)
 PAGE_STRIPES = tl.constexpr(128)
 PAGE_WORDS = tl.constexpr(512)
@@ -44,8 +44,13 @@ def mixed(accumulator, word):
 @triton.jit(do_not_specialize=["sources", "page_bytes", "digests", "num_pages"])
 def digest_kernel(sources, page_bytes, digests, num_pages, pages_a_program: tl.constexpr):
     """Write the digests of all pages of all chunks; programs: pages, chunk."""
-    chunk = tl.program_id(1)
-    page = tl.program_id(0) * pages_a_program + tl.arange(0, pages_a_program)
+    digest_some(sources, page_bytes, digests, num_pages, tl.program_id(0), tl.program_id(1), pages_a_program)
+
+
+@triton.jit
+def digest_some(sources, page_bytes, digests, num_pages, program, chunk, pages_a_program: tl.constexpr):
+    """Write the digests of `pages_a_program` pages of a chunk, the `program`-th of them; a warp does eight at once."""
+    page = program * pages_a_program + tl.arange(0, pages_a_program)
     readable = tl.minimum(page, num_pages - 1)  # no load is masked, for that keeps few of them in flight
     length = tl.load(page_bytes + readable)
     last_stripe = (length // STRIPE_BYTES - 1)[:, None]

@@ -15,12 +15,13 @@ import triton.language as tl
 
 from cachetier_blend.rotation import Rotary
 from cachetier_connector.cuda.copy_kernels import gather_kernel, scatter_kernel
-from cachetier_connector.cuda.digest_kernel import PAGES_A_PROGRAM, digest_kernel
+from cachetier_connector.cuda.digest_kernel import PAGES_A_WARP, digest_kernel
 from cachetier_connector.cuda.launch import Launch
 from cachetier_connector.cuda.paged_layers import PagedLayers
 
 TILE_UNITS_MAX = 2048  # 16 KiB in 16 accesses a thread: enough in flight to fill the memory's pipe
 COPY_WARPS = 4
+DIGEST_WARPS = 1
 UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 # How types differ from float32, as `rotate_kernel` has it: up, scale, largest. Eight bits saturate, others overflow.
@@ -32,6 +33,20 @@ NUMBERS = {
     torch.float8_e4m3fn: (20, 2.0**120, 0x7E),
 }
 NOT_ROTATED = (0, 0, False, 0, 1.0, 0)
+
+
+class Digests(NamedTuple):
+    """What to digest of staged chunks, and where to.
+
+    Attributes:
+        page_bytes: int32 `[pages]` on the device: the length of each page, the same for all chunks; multiples of 32
+            from 32 to 4096. Page `p` starts at `sources[c] + p * 4096` also after a shorter one.
+        target: int64 `[num_chunks, pages]`, contiguous, on the device or in pinned memory: where the digests go (their
+            bits).
+    """
+
+    page_bytes: torch.Tensor
+    target: torch.Tensor
 
 
 class Rotation(NamedTuple):
@@ -84,6 +99,7 @@ def scatter(
     unit_offsets: torch.Tensor,
     stream: int | None = None,
     rotation: Rotation | None = None,
+    digests: Digests | None = None,
 ) -> None:
     """Copy tokens of consecutive chunks into paged blocks. No byte of any other slot is touched.
 
@@ -100,6 +116,7 @@ def scatter(
             `(head, layer)` of chunk `c` is at `sources[c] + unit_offsets[head * num_layers + layer] + t * row_bytes`.
         stream: the driver's handle; the current stream without it.
         rotation: turn K by the same angles for all tokens.
+        digests: do also what `digest_pages` does, at the same time.
     """
     num_chunks = -(-(skip_tokens + num_tokens) // chunk_tokens)
     if rotation is None:
@@ -108,7 +125,13 @@ def scatter(
         rotary, dtype, table = rotation
         unit_bytes, half = dtype.itemsize, rotary.rotary_dim // 2
         how = (rotary.first_dim, half, rotary.is_interleaved, *NUMBERS[dtype])
-    launch, num_programs = _copy_launch(layers, scatter_kernel, chunk_tokens, unit_bytes, *how)
+    pages_a_program = PAGES_A_WARP * COPY_WARPS if digests else 0
+    launch, num_programs = _copy_launch(layers, scatter_kernel, chunk_tokens, unit_bytes, pages_a_program, *how)
+    page_bytes, target, num_pages = unit_offsets, unit_offsets, 0  # not read
+    if digests is not None:
+        page_bytes, target = digests
+        num_pages = target.shape[1]
+        num_programs += -(-num_pages // pages_a_program)
     launch(
         (num_programs, num_chunks, 1),
         layers.layer_ptrs,
@@ -116,29 +139,27 @@ def scatter(
         sources,
         unit_offsets,
         table,
+        page_bytes,
+        target,
         first_token,
         num_tokens,
         skip_tokens,
+        num_pages,
         stream=stream,
     )
 
 
-def digest_pages(
-    sources: torch.Tensor, page_bytes: torch.Tensor, digests: torch.Tensor, stream: int | None = None
-) -> None:
+def digest_pages(sources: torch.Tensor, digests: Digests, stream: int | None = None) -> None:
     """Compute XXH64 (seed 0) of the 4 KiB pages of staged chunks, bit for bit what xxhash computes.
 
     Args:
         sources: int64 `[num_chunks]` on the device: the address of each chunk's staged bytes.
-        page_bytes: int32 `[pages]` on the device: the length of each page, the same for all chunks; multiples of 32
-            from 32 to 4096. Page `p` starts at `sources[c] + p * 4096` also after a shorter one.
-        digests: int64 `[num_chunks, pages]`, contiguous, on the device or in pinned memory: where the digests go
-            (their bits).
+        digests: of what, and where to.
         stream: the driver's handle; the current stream without it.
     """
-    num_chunks, num_pages = digests.shape
-    grid = (-(-num_pages // PAGES_A_PROGRAM), num_chunks, 1)
-    _digest_launch(sources.device)(grid, sources, page_bytes, digests, num_pages, stream=stream)
+    num_chunks, num_pages = digests.target.shape
+    grid = (-(-num_pages // (PAGES_A_WARP * DIGEST_WARPS)), num_chunks, 1)
+    _digest_launch(sources.device)(grid, sources, *digests, num_pages, stream=stream)
 
 
 def _copy_launch(
@@ -173,4 +194,4 @@ def _copy_launch(
 @cache
 def _digest_launch(device: torch.device) -> Launch:
     """Return the launch for `device`: a compiled kernel belongs to one."""
-    return Launch(digest_kernel, (PAGES_A_PROGRAM,), num_warps=1)
+    return Launch(digest_kernel, (PAGES_A_WARP * DIGEST_WARPS,), DIGEST_WARPS)

@@ -1,13 +1,13 @@
 """A load through staging memory: frames to slots, slots to paged blocks, digests, each behind the other.
 
-What is verified is what was staged: the kernels scatter and digest the same bytes. The digests are compared when the
+What is verified is what was staged: one kernel scatters and digests the same bytes. The digests are compared when the
 device is done with a slot, so wrong bytes may reach paged blocks first; they are the request's own, which nobody reads
 before the load has finished, and are then reported as bad.
 
 Chunks that stand in a pool in device memory are used where they lie, without staging. Their frames are kept by the
 load's lease; should one be written all the same (the server lost touch with a worker for minutes), it was so before
 the kernel scattered it or after, and what is digested then is not what the checksum vouches for: bytes go from right to
-wrong, not back. Hence the order: scatter, then digest. Chunks that the match wants in the worker's own pool are
+wrong, not back. Hence two kernels there: scatter, then digest. Chunks that the match wants in the worker's own pool are
 copied there out of the slot; a frame counts as filled once the slot's digests were found good.
 
 Chunks that the match names in segment files are read from there into the slot. This thread waits for these reads, and
@@ -30,7 +30,7 @@ from cachetier_connector.copy_base import LoadRun
 from cachetier_connector.cuda.device import Device
 from cachetier_connector.cuda.device_plan import DevicePlan
 from cachetier_connector.cuda.direct_reads import DirectReader, FileFrames, FileRead
-from cachetier_connector.cuda.kernels import Rotation, digest_pages, scatter
+from cachetier_connector.cuda.kernels import Digests, Rotation, digest_pages, scatter
 from cachetier_connector.cuda.pool import DevicePools, PoolReads
 from cachetier_connector.cuda.stage_plan import ArenaMemory, StagePlan
 from cachetier_connector.cuda.staging import Lane, Turns, Use
@@ -225,7 +225,7 @@ class StagedLoad(LoadRun):
             starts.append(part + chunk.pool_frame * frame_size + wanted.object_offset)
         use = self._turns.begin()
         use.upload = self._device.upload(starts, lane.kernels)
-        self._device.launch(lane.kernels, self._kernels(each, len(batch), use, use.upload.tensor))
+        self._device.launch(lane.kernels, self._kernels(each, len(batch), use, use.upload.tensor, is_staged=False))
         self._end(each, batch, use)
 
     def _fill(self, plan: StagePlan, chunk: ChunkSource, staged: int, number: int) -> None:
@@ -241,13 +241,13 @@ class StagedLoad(LoadRun):
         self._turns.end(use, self._lane.kernels, lambda digests: self._verify(each.plan, batch, first, digests))
 
     def _kernels(
-        self, each: DevicePlan, num_chunks: int, use: Use, sources: torch.Tensor
+        self, each: DevicePlan, num_chunks: int, use: Use, sources: torch.Tensor, *, is_staged: bool = True
     ) -> Callable[[int | None], None]:
         load = self._load
         chunks_start = (load.first_chunk + self._num_pushed) * load.chunk_tokens + load.shift
         start = max(load.start, chunks_start)
         end = min(load.end, chunks_start + num_chunks * load.chunk_tokens)
-        digests = use.digests(num_chunks, len(each.plan.page_bytes))
+        digests = Digests(each.page_bytes, use.digests(num_chunks, len(each.plan.page_bytes)))
         blocks, rotation = self._blocks.tensor, None
         if load.shift:
             assert self._keys is not None
@@ -266,8 +266,10 @@ class StagedLoad(LoadRun):
                 each.unit_offsets,
                 stream,
                 rotation,
+                digests if is_staged else None,
             )
-            digest_pages(sources, each.page_bytes, digests, stream)
+            if not is_staged:  # see above
+                digest_pages(sources, digests, stream)
 
         return work
 

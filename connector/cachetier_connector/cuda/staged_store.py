@@ -14,7 +14,7 @@ from cachetier.core.checksum import checksum_of
 from cachetier.core.layout import DIGEST_BYTES, digests_offset
 from cachetier_connector.cuda.device import Device
 from cachetier_connector.cuda.device_plan import DevicePlan
-from cachetier_connector.cuda.kernels import digest_pages, gather
+from cachetier_connector.cuda.kernels import Digests, digest_pages, gather
 from cachetier_connector.cuda.stage_plan import ArenaMemory, StagePlan
 from cachetier_connector.cuda.staging import Lane, Turns
 
@@ -78,13 +78,13 @@ class StagedStore:
         """Enqueue all that one slot's content takes."""
         lane, plan, use = self._lane, each.plan, turns.begin()
         targets = lane.addresses(use, len(batch), plan.stage_bytes)
-        digests = use.digests(len(batch), len(plan.page_bytes))
+        digests = Digests(each.page_bytes, use.digests(len(batch), len(plan.page_bytes)))
         chunk_tokens = self._snapshot.chunk_tokens
         first_token = self._snapshot.first_token + batch[0].number * chunk_tokens
 
         def work(stream: int | None) -> None:
             gather(each.layers, blocks, first_token, len(batch), chunk_tokens, targets, stream)
-            digest_pages(targets, each.page_bytes, digests, stream)
+            digest_pages(targets, digests, stream)
 
         if use.before is not None:
             lane.kernels.wait_event(use.before)

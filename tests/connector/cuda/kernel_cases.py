@@ -13,8 +13,9 @@ import torch
 from cachetier.core.checksum import page_digests
 from cachetier.core.layout import PAGE_BYTES, round_up
 from cachetier_blend.rotation import Rotary, cos_sin, read_rotary, rotate
-from cachetier_connector.cuda.kernels import Rotation, digest_pages, gather, scatter
+from cachetier_connector.cuda.kernels import Digests, Rotation, digest_pages, gather, scatter
 from cachetier_connector.cuda.paged_layers import PagedLayers
+from cachetier_connector.cuda.stage_plan import STRIPE_BYTES
 
 # Each makes the layers' views `[blocks, heads, tokens, row]` from what lies in memory, and says how it lies there.
 Form = Callable[["Case", "Flat"], list[torch.Tensor]]
@@ -175,7 +176,10 @@ def check_gather(case: Case, device: torch.device) -> None:
 
 
 def check_scatter(case: Case, device: torch.device, turn: Turn | None = None) -> None:
-    """Scatter chunks whose units are staged in no order, and compare all of the caches' memory."""
+    """Scatter chunks whose units are staged in no order, and compare all of the caches' memory.
+
+    Of cases with an even seed, what is staged is digested by the same kernel.
+    """
     expected, paged = Paged(case, torch.device("cpu")), Paged(case, device)
     source = Paged(replace(case, seed=case.seed + 2), torch.device("cpu")).canonical()
     if turn is not None:  # random bytes are no good numbers
@@ -190,6 +194,10 @@ def check_scatter(case: Case, device: torch.device, turn: Turn | None = None) ->
         for unit_offset, unit in zip(unit_offsets, chunk.flatten(0, 1), strict=True):
             staged[offset + unit_offset :][:unit_bytes] = unit.flatten()
     on_device = staged.to(device)
+    whole, rest = divmod((num_units + 1) * unit_bytes // STRIPE_BYTES * STRIPE_BYTES, PAGE_BYTES)
+    page_bytes = [PAGE_BYTES] * whole + [rest] * (rest > 0)
+    target = torch.zeros(case.num_chunks, len(page_bytes), dtype=torch.int64, device=device)
+    is_digested = case.seed % 2 == 0 and len(page_bytes) > 0
     scatter(
         paged.layers,
         numbers_on(device, paged.blocks),
@@ -200,6 +208,7 @@ def check_scatter(case: Case, device: torch.device, turn: Turn | None = None) ->
         numbers_on(device, [on_device.data_ptr() + offset for offset in offsets]),
         numbers_on(device, unit_offsets),
         rotation=turn and Rotation(turn.rotary, turn.dtype, torch.cat(cos_sin(turn.shift, turn.rotary)).to(device)),
+        digests=Digests(numbers_on(device, page_bytes, torch.int32), target) if is_digested else None,
     )
     expected.write(
         source if turn is None else rotate(source.view(turn.dtype), turn.shift, turn.rotary).view(torch.uint8)
@@ -208,6 +217,9 @@ def check_scatter(case: Case, device: torch.device, turn: Turn | None = None) ->
         check_turned(paged, expected, turn)
     assert torch.equal(paged.flat.bytes.cpu(), expected.flat.bytes)
     assert torch.equal(on_device.cpu(), staged)
+    for row, offset in zip(target.cpu() if is_digested else [], offsets, strict=False):
+        chunk = memoryview(staged[offset : offset + sum(page_bytes)].numpy())
+        assert row.numpy().tobytes() == page_digests(chunk)
 
 
 def numbers_like(chunks: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -259,7 +271,7 @@ def check_digests(page_bytes: Sequence[int], num_chunks: int, device: torch.devi
     digests = torch.full((num_chunks + 2, len(page_bytes)), -7, dtype=torch.int64, device=device)
     order = random.Random(seed).sample(range(num_chunks + 1), num_chunks)
     sources = numbers_on(device, [on_device[number].data_ptr() for number in order])
-    digest_pages(sources, numbers_on(device, page_bytes, torch.int32), digests[1:-1])
+    digest_pages(sources, Digests(numbers_on(device, page_bytes, torch.int32), digests[1:-1]))
     found = digests.cpu()
     for row, number in zip(found[1:-1], order, strict=True):
         parts = [page[:length].numpy() for page, length in zip(pages[number], page_bytes, strict=False)]

@@ -43,7 +43,10 @@ def scatter(
     unit_offsets,
     stream=None,
     rotation=None,
+    digests=None,
 ):
+    if digests is not None:
+        digest_pages(sources, digests)
     unit_bytes, row = chunk_tokens * layers.row_bytes, layers.row_bytes // 2
     num_chunks = -(-(skip_tokens + num_tokens) // chunk_tokens)
     assert len(sources) == num_chunks
@@ -72,8 +75,8 @@ def turned(rows, rotation):
     return torch.cat((keys.to(rotation.dtype), rest), dim=-1).view(rows.dtype)
 
 
-def digest_pages(sources, page_bytes, digests, stream=None):
-    for row, source in zip(digests, sources.tolist(), strict=True):
-        parts = (memory_at(source + n * PAGE_BYTES, size) for n, size in enumerate(page_bytes.tolist()))
+def digest_pages(sources, digests, stream=None):
+    for row, source in zip(digests.target, sources.tolist(), strict=True):
+        parts = (memory_at(source + n * PAGE_BYTES, size) for n, size in enumerate(digests.page_bytes.tolist()))
         data = b"".join(page_digests(memoryview(part.numpy()).cast("B")) for part in parts)
         row.copy_(torch.frombuffer(bytearray(data), dtype=torch.int64))
