@@ -99,7 +99,10 @@ class ConnectorConfig:
     host_bytes: int = setting(4 * GIB, "private server: size of the host tier", size=True)
     disk_bytes: int = setting(16 * GIB, "private server: size limit of the disk tier", size=True)
     chunk_tokens: int = setting(64, "private server: tokens a chunk")
-    match_deadline_ms: float = setting(200.0, "how long a request may wait for the server's answer to its match")
+    match_deadline_ms: float = setting(
+        200.0,
+        "how long a request may wait for the answer to its match, four times as long if others are answered first",
+    )
     load_deadline_ms: float = setting(500.0, "how long a load may go without progress before it is given up")
     store_deadline_ms: float = setting(
         1000.0, "how long a store may wait in its worker, and then for each answer of the server, before it is dropped"

@@ -29,6 +29,7 @@ from cachetier_connector.requests import FoundDocument, MatchTicket, TrackedRequ
 MAX_JOBS = 4096
 IDLE_S = 0.1
 RELEASE_TIMEOUT_S = 1.0
+TURN_DEADLINES = 4  # a ticket waits for so many deadlines while those before it are answered
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Matcher:
         self._ticket_lock = threading.Lock()
         self._leased: dict[int, MatchTicket] = {}
         self._adapters: dict[tuple[str, str, int], ModelIdentity | None] = {}
-        self._is_stopping = False
+        self._is_stopping, self._answered_s = False, 0.0
         self._thread = threading.Thread(target=self._run, name="cachetier-matcher", daemon=True)
         self._thread.start()
 
@@ -77,6 +78,16 @@ class Matcher:
         if not (self._link.is_up and self._submit(lambda: self._match(tracked, ticket))):
             ticket.done.set()
         return ticket
+
+    def is_late(self, ticket: MatchTicket) -> bool:
+        """Tell whether nobody should wait for `ticket` any longer.
+
+        That is so when nothing was answered for as long as a match may take; requests that arrive together have their
+        turn one after the other, within limits.
+        """
+        now, limit_s = time.monotonic(), self._max_blocking_s
+        silent_since_s = max(ticket.since_s, self._answered_s)
+        return now - silent_since_s >= limit_s or now - ticket.since_s >= TURN_DEADLINES * limit_s
 
     def release(self, ticket: MatchTicket, used: Mapping[int, int] | None = None) -> None:
         """Give back what `ticket` holds or will hold, its documents included. Never blocks; idempotent.
@@ -177,7 +188,8 @@ class Matcher:
                 job = self._link.probe
             try:
                 job()
-                if (now := time.monotonic()) >= next_renewal_s and self._link.server:
+                self._answered_s = now = time.monotonic()
+                if now >= next_renewal_s and self._link.server:
                     next_renewal_s = now + self._link.server.lease_ttl_s / 3
                     self._renew()
             except Exception:

@@ -109,7 +109,7 @@ class SchedulerHalf:
             tracked.ticket = self._matcher.match(tracked)
         ticket = tracked.ticket
         if not ticket.done.is_set() and not self._waited_for(ticket):
-            if time.monotonic() - ticket.since_s < self._facts.config.match_deadline_ms / 1000:
+            if not self._matcher.is_late(ticket):
                 return None, False
             self._matcher.release(ticket)
             tracked.may_load = False

@@ -165,6 +165,20 @@ def test_a_stopped_server_holds_a_ticket_up_for_no_longer_than_the_deadline(tier
     matcher.stop()
 
 
+def test_a_ticket_is_late_when_nothing_is_answered_but_not_while_those_before_it_are(tier):
+    matcher = Matcher(connect(tier.server), identity(), LAYOUT, max_blocking_s=0.4)
+    for _ in range(20):
+        matcher._submit(lambda: time.sleep(0.1))
+    ticket = matcher.match(tracked(tokens_of(14, CHUNK)))
+    lateness = {}
+    for second in (0.7, 1.2, 1.7):
+        time.sleep(max(0, ticket.since_s + second - time.monotonic()))
+        lateness[second] = matcher.is_late(ticket)
+    assert lateness == {0.7: False, 1.2: False, 1.7: True}
+    done(ticket)
+    matcher.stop()
+
+
 def test_a_lease_of_a_server_that_is_gone_is_not_given_back_to_the_next(tier, matcher):
     tokens = tokens_of(11, CHUNK)
     tier.store(tokens)

@@ -244,7 +244,7 @@ def test_blocks_of_stores_that_are_dropped_are_released_too(tier, lazy, reason):
     tokens, before = tokens_of(31, CHUNK), dropped(tier.server)
     store = op(tier, tokens, parent=None if reason == "no parent" else b"")
     if reason == "late":
-        lazy.storer._deadline_s = -1.0
+        lazy.storer._jobs.put(lambda: time.sleep(1.1))
     if reason == "refused":
         store = store_op(b"short", tokens, TABLE)
     if reason == "the copy fails":

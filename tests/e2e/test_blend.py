@@ -137,10 +137,11 @@ def test_a_plain_request_finds_nothing_of_a_blended_one(stand):
     prompt = joined(HEAD[:20], "c", HEAD, "a", QUESTION)
     counts = stand.counts()
     [answer] = stand.ask([{"tokens": prompt, "params": blended()}], max_tokens=150)
-    assert answer["cached"] == planned(prompt, "ca").end
+    plan = planned(prompt, "ca")
+    assert answer["cached"] == plan.end
     later = {"tokens": prompt + answer["tokens"]}
     [plain] = stand.ask([later | {"params": PLAIN}], keep=True)
-    assert plain["cached"] == 0
+    assert plain["cached"] <= plan.approximate_from  # what stands before was computed exactly
     assert stand.counts() == counts
     [cold] = stand.ask([later | {"params": PLAIN}])
     assert_same_answers([plain], [cold], NOISE)

@@ -248,20 +248,19 @@ class StagedCopyEngine(CopyEngine):
                 def work(stream: int | None) -> None:
                     gather(each.layers, blocks.tensor, 0, 1, chunk_tokens, staged, stream)  # noqa: B023
                     digest_pages(staged, digests, stream)  # noqa: B023
-                    for fused in (None, digests):  # noqa: B023
-                        scatter(
-                            each.layers,  # noqa: B023
-                            blocks.tensor,
-                            0,
-                            chunk_tokens,
-                            0,
-                            chunk_tokens,
-                            staged,  # noqa: B023
-                            each.unit_offsets,  # noqa: B023
-                            stream,
-                            rotation,
-                            fused,
-                        )
+                    scatter(
+                        each.layers,  # noqa: B023
+                        blocks.tensor,
+                        0,
+                        chunk_tokens,
+                        0,
+                        chunk_tokens,
+                        staged,  # noqa: B023
+                        each.unit_offsets,  # noqa: B023
+                        stream,
+                        rotation,
+                        digests,  # noqa: B023
+                    )
 
                 self._device.launch(lane.kernels, work)
                 turns.end(use, lane.kernels, lambda _: None)

@@ -3,6 +3,9 @@
 A program moves a tile of one head and layer of one chunk, which is contiguous in the canonical layout, so the tile
 needs to respect no border: each of its units looks up its own token's place. Heads vary fastest over the programs,
 since they are neighbours in a block. Nothing is compiled before the first launch.
+
+Scattering and digesting share a kernel: while the engine computes, every kernel waits until kernels of its make room,
+and those of a long prefill take milliseconds.
 """
 
 import triton
@@ -138,14 +141,14 @@ def scatter_kernel(
 ):
     """Copy the wanted tokens of staged chunks to rows of paged blocks; programs: (layer, tile, head), chunk.
 
-    Unless `half` is 0, a unit is a number, and those that the model rotates are turned by the angles of `table`. Unless
-    `pages_a_program` is 0, further programs digest the chunks' pages, as `digest_kernel` does: while the engine
-    computes, a kernel waits for its kernels to make room, and one kernel does so once.
+    Unless `half` is 0, a unit is a number, and those that the model rotates are turned by the angles of `table`.
+    Further programs, if there are any, digest the chunks' pages.
     """
-    num_tiles: tl.constexpr = (chunk_tokens * row_units + tile - 1) // tile
-    num_copies: tl.constexpr = num_layers * num_heads * num_tiles
+    num_copies: tl.constexpr = num_layers * num_heads * ((chunk_tokens * row_units + tile - 1) // tile)
     program, chunk = tl.program_id(0), tl.program_id(1)
-    if program < num_copies:
+    if program >= num_copies:
+        digest_some(sources, page_bytes, digests, num_pages, program - num_copies, chunk, pages_a_program)
+    else:
         scatter_tile(
             layer_ptrs,
             blocks,
@@ -175,8 +178,6 @@ def scatter_kernel(
             scale,
             largest,
         )
-    elif pages_a_program:
-        digest_some(sources, page_bytes, digests, num_pages, program - num_copies, chunk, pages_a_program)
 
 
 @triton.jit

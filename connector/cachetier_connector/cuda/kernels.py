@@ -125,7 +125,7 @@ def scatter(
         rotary, dtype, table = rotation
         unit_bytes, half = dtype.itemsize, rotary.rotary_dim // 2
         how = (rotary.first_dim, half, rotary.is_interleaved, *NUMBERS[dtype])
-    pages_a_program = PAGES_A_WARP * COPY_WARPS if digests else 0
+    pages_a_program = PAGES_A_WARP * COPY_WARPS
     launch, num_programs = _copy_launch(layers, scatter_kernel, chunk_tokens, unit_bytes, pages_a_program, *how)
     page_bytes, target, num_pages = unit_offsets, unit_offsets, 0  # not read
     if digests is not None:

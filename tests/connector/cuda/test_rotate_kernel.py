@@ -14,6 +14,7 @@ EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_the_wanted_keys_are_turned_and_no_other_byte_is_touched(form, device, data):
