@@ -36,7 +36,6 @@ from cachetier.storage.arena import Arena
 from cachetier_connector.cuda import staged_load, staged_store
 from cachetier_connector.cuda.copy_cuda import CudaCopyEngine, StagedCopyEngine
 from cachetier_connector.cuda.device import Device
-from cachetier_connector.cuda.kernels import scatter
 from cachetier_connector.cuda.registration import Registration
 from cachetier_connector.cuda.stage_plan import StagePlan
 from cachetier_connector.cuda.transfers import plan_transfers
@@ -261,9 +260,10 @@ def _trust(*_: Any) -> bool:
 @contextmanager
 def without_checksums() -> Iterator[None]:
     """Leave out the digests and believe everything."""
+    scatter = staged_load.scatter
     with (
         mock.patch.object(staged_load, "digest_pages", _skip),
-        mock.patch.object(staged_load, "scatter", lambda *args: scatter(*args[:-1])),
+        mock.patch.object(staged_load, "scatter", lambda *args: scatter(*args[:-1])),  # the last are the digests
         mock.patch.object(staged_store, "digest_pages", _skip),
         mock.patch.object(StagePlan, "matches", _trust),
     ):
