@@ -1,7 +1,7 @@
 """The worker's store thread: from the copy engine's snapshots into frames of the arena, behind the engine's back.
 
 Snapshots are taken by the worker's main thread, because only it knows when the blocks hold the chunks; everything else
-(asking for frames, filling, committing) happens here. What would wait for longer than a second, or does not fit into
+(asking for frames, filling, committing) happens here. What would wait for longer than a deadline, or does not fit into
 `staging_bytes`, is dropped and counted: a cache may forget.
 
 Where the copy engine keeps blocks, a queued store has yet to read them, and vLLM gives blocks to others in two cases.
@@ -17,8 +17,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -207,18 +208,33 @@ class Storer:
             parent = store.parent
         elif position != store.position:
             return False  # an earlier part of the chain was dropped
+        times_s = [time.monotonic()]
         reply = self._link.call(lambda session: self._reserve(session, store, parent), self._deadline_s)
         if reply is None:
             return False
+        times_s.append(time.monotonic())
         self._chains[store.request_id] = (store.position + queued.num_chunks, reply.keys[-KEY_BYTES:])
         if not reply.lease:
             return True
         arena = self._arenas.get(server.arena_path, server.instance)
         checksums = self._fill(arena, reply, queued)
+        times_s.append(time.monotonic())
         commit = self._link.call(
             lambda session: Commit(session=session, lease=reply.lease, checksums=checksums), self._deadline_s
         )
+        self._log_times(queued, [queued.since_s, *times_s, time.monotonic()])
         return commit is not None
+
+    def _log_times(self, queued: _Queued, times_s: Sequence[float]) -> None:
+        phases_ms = (1000 * (end - start) for start, end in pairwise(times_s))
+        size_gb = queued.num_chunks * self._engine.shard_bytes(queued.store.chunk_tokens) / 1e9
+        log.debug(
+            "cachetier: store of %d chunks: queued %.2f ms, reserved %.2f ms, filled %.2f ms, committed %.2f ms, "
+            "%.1f GB/s",
+            queued.num_chunks,
+            *phases_ms,
+            size_gb / max(times_s[-2] - times_s[-3], 1e-6),
+        )
 
     def _reserve(self, session: int, store: StoreOp, parent: bytes) -> Reserve:
         return Reserve(

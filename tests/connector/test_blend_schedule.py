@@ -322,6 +322,14 @@ class TestPieces:
         [op] = schedule.next_ops()
         assert (op.runs, op.is_last) == ([], True)
 
+    @pytest.mark.parametrize("is_alone", [True, False])
+    def test_a_request_that_is_alone_does_not_wait_until_there_is_enough(self, is_alone):
+        schedule, tracked = BlendSchedule(facts_of()), tracked_of("r", 700, [(100, 256), (420, 256)])
+        begin(schedule, tracked)
+        if not is_alone:
+            begin(schedule, tracked_of("other", 550, TWO))
+        assert [op.runs for op in schedule.next_ops()] == ([[(0, 116)]] if is_alone else [])
+
     def test_a_request_with_nothing_to_compute_gets_an_op_all_the_same(self):
         """A worker reports its end."""
         schedule = BlendSchedule(facts_of(settings={"blend_select": "none"}))

@@ -79,12 +79,14 @@ def test_a_request_is_loaded_then_computed_then_reported_and_only_its_exact_chun
     assert not set(request.block_hashes[6:]) & set(hashes)
 
     half.learn_of_blends({"r": {0: [EXACT]}}, {}, "")
+    [op] = half.build_plan(step_of()).blends
+    assert (op.runs, op.is_last, op.block_ids) == ([(EXACT, LOADED[0])], False, BLOCKS)
     assert half.build_plan(step_of()).blends == []
     assert blending.leases() == 2
     half.learn_of_blends({"r": {1: [END]}}, {}, "")
     assert eventually(lambda: blending.leases() == 0), "nothing is read any more"
     [op] = half.build_plan(step_of()).blends
-    assert (op.runs, op.is_last, op.block_ids) == ([(EXACT, LOADED[0])], True, BLOCKS)
+    assert (op.runs, op.is_last, op.block_ids) == ([], True, BLOCKS)
 
     half.learn_of_blends({}, {"r": 88}, "")
     half.update_from_workers(["r"], set())
