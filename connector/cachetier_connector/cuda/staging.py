@@ -20,7 +20,7 @@ from cachetier.core.layout import DIGEST_BYTES, PAGE_BYTES
 from cachetier_connector.cuda.device import Device, Event, Stream
 
 NUM_SLOTS = 2  # one is copied while the kernels work on the other
-NUM_AHEAD = 64  # uses of slots that the host may be ahead: 5 to 20 ms, by their size
+NUM_AHEAD = 24  # uses of slots that the host may be ahead: 7 ms with slots of 16 MiB
 
 # Called once a use is done, with the digests of its pages as bytes.
 Settle = Callable[[memoryview], None]
