@@ -56,11 +56,13 @@ def cases(form: str) -> st.SearchStrategy[Case]:
 
 @pytest.mark.parametrize("form", FORMS)
 class TestAnyLayout:
+    @pytest.mark.slow
     @settings(max_examples=25, deadline=None)
     @given(data=st.data())
     def test_gather_writes_canonical_chunks_and_nothing_else(self, form, device, data):
         check_gather(data.draw(cases(form)), device)
 
+    @pytest.mark.slow
     @settings(max_examples=25, deadline=None)
     @given(data=st.data())
     def test_scatter_writes_the_wanted_tokens_and_no_other_byte(self, form, device, data):
