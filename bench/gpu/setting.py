@@ -134,7 +134,7 @@ class Setting:
         if not self.is_rehearsal:
             arguments |= {"gpu_memory_utilization": 0.15} | kv_memory(self.model, self.kv_tokens)
         if not arguments["enforce_eager"]:
-            arguments["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
+            arguments["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
         return arguments
 
     def wide_arguments(self) -> dict[str, Any]:
