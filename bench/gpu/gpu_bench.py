@@ -45,6 +45,7 @@ ON_TIERS: dict[str, Question] = {
 ON_BUS: dict[str, Question] = {"bidirectional": bus.bidirectional}
 ASKED = [*ON_HOST, *ON_TIERS, *ON_BUS]
 UNVERIFIED = {"kv_connector": "UnverifiedConnector", "kv_connector_module_path": "bench.gpu.unverified"}
+LOADING = {"kv_connector": "LoadingConnector", "kv_connector_module_path": "tests.e2e.loading_connector"}
 PROFILED = {"kv_connector": "ProfiledConnector", "kv_connector_module_path": "bench.gpu.profiled"}
 BUS_HOST_BYTES = 20 * GIB
 # Seconds on an H200 with 16 cores, in eager mode; starting engines includes that their memory is page-locked.
@@ -213,6 +214,8 @@ class Run:
             missing.append(Cachetier(setting, server, "cachetier-gpu", extra=extra))
         if "checksum_cost" in self._options.questions:
             missing.append(Cachetier(setting, server, "cachetier-unverified", UNVERIFIED))
+        if "disk_read" in self._options.questions:
+            missing.append(Cachetier(setting, server, "cachetier-loading", LOADING))
         self.start(missing)
         if isinstance(kept := self._lab.live.get("cachetier"), Cachetier):
             kept.server = server

@@ -2,8 +2,8 @@
 
 A run can be computed once all ranks have loaded what stands before it. What a rank could not load joins what is to be
 computed. Runs travel to the workers in as many steps as it takes, together with those of other requests as far as
-`max_num_batched_tokens` and `max_num_seqs` allow: enough of them for a pass of its own while later parts are still
-being loaded, the rest when all are. All ranks compute the same runs in the same step. Everything here runs on the
+`max_num_batched_tokens` and `max_num_seqs` allow: enough of them for a pass of its own, or the last, while later parts
+are still being loaded. All ranks compute the same runs in the same step. Everything here runs on the
 scheduler's thread and waits for nothing.
 """
 
@@ -75,7 +75,8 @@ class _Blend:
         runs = self.runs
         if not self.is_loaded:
             runs = subtract(runs, [Run(self.loads[self.num_loaded].start, self.plan.end)])
-            if sum(run.end - run.start for run in runs) < min_tokens:
+            is_enough = sum(run.end - run.start for run in runs) >= min_tokens or runs == self.runs
+            if not runs or not is_enough:
                 return None
         piece = next(iter(cut_runs(runs, max_tokens, max_runs)), [])
         self.runs = subtract(self.runs, piece)

@@ -182,14 +182,18 @@ class TestLearning:
         assert [load.part for load in loads] == [0, 1, 2]
         reports = [(part, load.end) for part, load in enumerate(loads) for _ in range(3)]
         rng.shuffle(reports)
+        ops = []
         while reports:
             at_once = [reports.pop() for _ in range(min(len(reports), rng.randrange(1, 4)))]
             parts = {part: [end for number, end in at_once if number == part] for part, _ in at_once}
-            assert schedule.next_ops() == []
+            ops += schedule.next_ops()
+            assert not ops or not [part for part, _ in [*reports, *at_once] if part < 2], "what stands before it"
             assert schedule.learn({"r": parts, "unknown": {0: [1]}}, {"unknown": 7}) == ([] if reports else [tracked])
         assert not schedule.failed(tracked)
-        [[op]] = steps(schedule)
-        assert op.runs == [(296, 336)], "tokens 0 to 64 were loaded, and with them the first of the first document"
+        ops += [op for [op] in steps(schedule)]
+        runs = [run for op in ops for run in op.runs]
+        assert runs == [(296, 336)], "tokens 0 to 64 were loaded, and with them the first of the first document"
+        assert [op.is_last for op in ops] == [False] * (len(ops) - 1) + [True]
 
     def test_what_one_rank_could_not_load_is_computed_by_all(self):
         schedule, tracked = BlendSchedule(facts_of(num_workers=2)), tracked_of("r", 550, TWO)
@@ -325,10 +329,14 @@ class TestPieces:
     @pytest.mark.parametrize("is_alone", [True, False])
     def test_a_request_that_is_alone_does_not_wait_until_there_is_enough(self, is_alone):
         schedule, tracked = BlendSchedule(facts_of()), tracked_of("r", 700, [(100, 256), (420, 256)])
-        begin(schedule, tracked)
+        loads = begin(schedule, tracked)
         if not is_alone:
             begin(schedule, tracked_of("other", 550, TWO))
         assert [op.runs for op in schedule.next_ops()] == ([[(0, 116)]] if is_alone else [])
+        schedule.learn({"r": {0: [loads[0].end]}}, {})
+        last = [(356, 436)] if is_alone else [(0, 116), (356, 436)]
+        assert [op.runs for op in schedule.next_ops()] == [last], "all that it lacks before its last part"
+        assert schedule.next_ops() == []
 
     def test_a_request_with_nothing_to_compute_gets_an_op_all_the_same(self):
         """A worker reports its end."""
