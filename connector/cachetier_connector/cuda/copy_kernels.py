@@ -4,8 +4,8 @@ A program moves a tile of one head and layer of one chunk, which is contiguous i
 needs to respect no border: each of its units looks up its own token's place. Heads vary fastest over the programs,
 since they are neighbours in a block. Nothing is compiled before the first launch.
 
-Scattering and digesting share a kernel: loads were seen to fall from 52 to 3 to 5 GB/s beside prefills, presumably since
-each kernel waits until the engine's make room. What sharing gains there has not been measured.
+Scattering and digesting share a kernel: beside prefills loads were seen to fall from 52 to between 3 and 5 GB/s,
+presumably since each kernel waits until the engine's make room. What sharing gains there has not been measured.
 """
 
 import triton
