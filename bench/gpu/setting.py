@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.harness import PATIENT
+
 GIB = 1 << 30
 KV_DTYPE_BYTES = 2
 
@@ -115,8 +117,7 @@ class Setting:
     @property
     def connector_settings(self) -> dict[str, Any]:
         """What cachetier's connector is told: its defaults, except on a machine that is busy with other things."""
-        names = ("match_deadline_ms", "load_deadline_ms", "store_deadline_ms")
-        return dict.fromkeys(names, 60_000) if self.is_rehearsal else {}
+        return dict(PATIENT) if self.is_rehearsal else {}
 
     def engine_arguments(self) -> dict[str, Any]:
         """Return vLLM's engine arguments."""

@@ -107,28 +107,31 @@ def disk_read(lab: Lab) -> None:
     times, rates, cached = defaultdict(list), [], []
     before = {"cachetier": contender.counters()}
     for part in parts:
-        contender.reset()
-        with Promotions(server, token_bytes(lab.setting.model)) as promotions:
-            answer = contender.ask(part)
-            contender.settle()
+        answer, found = asked_of_disk(contender, lab, part)
         times["cachetier"].append(1000 * answer["first_token_s"])
         cached.append(answer["cached"])
-        rates += promotions.rates()
+        rates += found
         if none := lab.live.get("none"):
             times["none"].append(1000 * none.ask((lab.seed(), length))["first_token_s"])
-    if not rates and (loading := lab.live.get("cachetier-loading")):  # computing was faster than such a disk
+    loading = lab.live.get("cachetier-loading")
+    if not rates and isinstance(loading, Cachetier):  # computing was faster than such a disk
         for part in parts:
-            loading.reset()
-            with Promotions(server, token_bytes(lab.setting.model)) as promotions:
-                loading.ask(part)
-                loading.settle()
-            rates += promotions.rates()
+            rates += asked_of_disk(loading, lab, part)[1]
     raw.append(max(read_rate(segments[::-1], threads, size) for threads in RAW_THREADS))
     notes = {"cached_tokens": str(cached)} | counted(lab, "cachetier", before)
     for name, samples in times.items():
         lab.add("disk_read", name, samples, "ms", notes if name == "cachetier" else None, tokens=length)
     lab.add("disk_read", "cachetier", [rate / 1e9 for rate in rates], "GB/s", measure="bandwidth")
     lab.add("disk_read", "limit", [rate / 1e9 for rate in raw], "GB/s", measure="bandwidth")
+
+
+def asked_of_disk(contender: Cachetier, lab: Lab, part: tuple[int, int]) -> tuple[dict[str, Any], list[float]]:
+    """Ask a prompt that only the disk holds; return the answer and `Promotions.rates` meanwhile."""
+    contender.reset()
+    with Promotions(contender.server, token_bytes(lab.setting.model)) as promotions:
+        answer = contender.ask(part)
+        contender.settle()
+    return answer, promotions.rates()
 
 
 class Promotions:

@@ -3,8 +3,8 @@
 A run can be computed once all ranks have loaded what stands before it. What a rank could not load joins what is to be
 computed. Runs travel to the workers in as many steps as it takes, together with those of other requests as far as
 `max_num_batched_tokens` and `max_num_seqs` allow: enough of them for a pass of its own, or the last, while later parts
-are still being loaded. All ranks compute the same runs in the same step. Everything here runs on the
-scheduler's thread and waits for nothing.
+are still being loaded. All ranks compute the same runs in the same step. Everything here runs on the scheduler's thread
+and waits for nothing.
 """
 
 import dataclasses

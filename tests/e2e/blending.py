@@ -8,8 +8,8 @@ import torch
 
 from cachetier_blend.plan import BlendPlan, DocumentHit, plan_blend
 from cachetier_blend.rotation import Rotary, read_rotary, rotate
-from tests.e2e.harness import dumped_kv
-from tests.e2e.stand import PATIENT, Stand, prompt_of, whole_chunks
+from tests.e2e.harness import PATIENT, dumped_kv
+from tests.e2e.stand import Stand, prompt_of, whole_chunks
 
 LOADING = "tests.e2e.loading_connector.LoadingConnector"
 HEAD_SIZE = 32

@@ -9,8 +9,8 @@ import numpy as np
 from cachetier.core.checksum import object_checksum
 from cachetier.core.layout import PAGE_BYTES, Shard, frame_bytes
 from cachetier.storage.records import DiskChunk, peek_header_bytes, unpack_header
-from tests.e2e.harness import Engine, Server, assert_same_answers, dumped_kv_of_ranks, running
-from tests.e2e.stand import CHUNK, NOISE, PATIENT, loadable, prompt_of, whole_chunks
+from tests.e2e.harness import PATIENT, Engine, Server, assert_same_answers, dumped_kv_of_ranks, running
+from tests.e2e.stand import CHUNK, NOISE, loadable, prompt_of, whole_chunks
 
 NUM_HEADS = NUM_LAYERS = 4  # of the model that the tests run
 # The last incomplete chunk has room for the answers, so all that is stored is prompt.

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.e2e.harness import (
+    PATIENT,
     Engine,
     Server,
     as_float,
@@ -14,7 +15,7 @@ from tests.e2e.harness import (
     prompts_with_shared_prefixes,
     running,
 )
-from tests.e2e.stand import CHUNK, PATIENT
+from tests.e2e.stand import CHUNK
 
 PROMPTS = prompts_with_shared_prefixes(24)
 BF16_ROW_BYTES = 128

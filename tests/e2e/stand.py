@@ -8,14 +8,12 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.e2e.harness import Engine, Server, assert_same_answers
+from tests.e2e.harness import PATIENT, Engine, Server, assert_same_answers
 
 CHUNK = 64
 # The model computes logits in bfloat16: from 8 to 16 they are multiples of 1/16, and another batch shape moves some by
 # one. Another prompt's KV moves them by far more, as a test shows.
 NOISE = 0.1
-# These tests count hits, so a machine that stands still for seconds must not turn any into a miss.
-PATIENT = dict.fromkeys(("match_deadline_ms", "load_deadline_ms", "store_deadline_ms"), 60_000)
 PLAIN = {"cachetier": {"load": False, "store": False}}
 
 FEW_CORES = pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="two ranks spin, and leave two cores none for others")

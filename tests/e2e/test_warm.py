@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import MODEL, ROOT, Server, running
-from tests.e2e.stand import PATIENT
+from tests.e2e.harness import MODEL, PATIENT, ROOT, Server, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
