@@ -27,11 +27,12 @@ $(VENV)/.complete: pyproject.toml requirements-engine.txt
 demo: venv ## Show hits from memory and from disk on a real vLLM (MODEL=any Hugging Face name or folder)
 	$(BIN)/python bench/demo.py --model $(MODEL)
 
+# Three at once, even on two cores, for tests also wait; a thread each, for torch's own would get in one another's way.
 check: venv ## Lint, types and the tests that need no engine (under 3 minutes)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not engine and not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 -m 'not engine and not slow and not gpu'
 
 test: check ## Everything: check, then the slow tests and those with real engines (under 60 minutes)
 	$(BIN)/python -m pytest -m 'engine or slow or gpu' -rs --durations=15

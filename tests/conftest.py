@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+# Failed assertions of what the tests share say what was compared; whoever imports it first, this comes before.
+pytest.register_assert_rewrite(
+    "tests.connector.servers", "tests.e2e.harness", "tests.e2e.layouts", "tests.e2e.same_answers", "tests.e2e.stand"
+)
+
 ARENAS = f"cachetier-{os.getuid()}-*.arena"
 before = pytest.StashKey[set[Path]]()
 
@@ -21,6 +26,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
     Looks twice: a server that starts just now, in another run, has made its arena and is about to map it.
     """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # the session that started the workers does it when all have ended
     left = unmapped(session.config.stash[before])
     if left:
         time.sleep(2)

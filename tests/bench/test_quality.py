@@ -165,6 +165,7 @@ def test_the_pieces_that_are_attended_to_most_are_chosen_within_the_budget() -> 
     assert not reference.choose(paid, [(10, 58)], 0.3).any()
 
 
+@pytest.mark.slow
 def test_the_models_know_their_tasks(trained: tuple[str, Llama]) -> None:
     task, model = trained
     for kind, num_aliases, accuracy in accuracies(model, task, seed=77, count=60):
@@ -172,6 +173,7 @@ def test_the_models_know_their_tasks(trained: tuple[str, Llama]) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_documents_alone_answer_within_but_not_across(trained: tuple[str, Llama]) -> None:
     task, model = trained
     right = {}

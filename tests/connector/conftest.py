@@ -4,10 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.register_assert_rewrite("tests.connector.servers")
-
-from tests.connector.servers import Tier  # noqa: E402
-from tests.service.running import RunningServer  # noqa: E402
+from tests.connector.servers import Tier
+from tests.service.running import RunningServer
 
 
 @pytest.fixture(scope="module")

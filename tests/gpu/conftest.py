@@ -3,10 +3,6 @@
 import pytest
 import torch
 
-pytest.register_assert_rewrite(
-    "tests.e2e.harness", "tests.e2e.layouts", "tests.e2e.same_answers", "tests.e2e.test_faults"
-)
-
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot run here."""
