@@ -261,10 +261,13 @@ def _trust(*_: Any) -> bool:
 def without_checksums() -> Iterator[None]:
     """Leave out the digests and believe everything."""
     scatter = staged_load.scatter
+
+    def scattering(*args: Any, digests: Any = None, **kwargs: Any) -> None:
+        scatter(*args, **kwargs)
+
     with (
-        mock.patch.object(staged_load, "digest_pages", _skip),
-        mock.patch.object(staged_load, "scatter", lambda *args: scatter(*args[:-1])),  # the last are the digests
-        mock.patch.object(staged_store, "digest_pages", _skip),
+        mock.patch.multiple(staged_load, digest_pages=_skip, digest_paged=_skip, scatter=scattering),
+        mock.patch.multiple(staged_store, digest_pages=_skip, digest_paged=_skip),
         mock.patch.object(StagePlan, "matches", _trust),
     ):
         yield
@@ -378,15 +381,15 @@ def rehearsing() -> Iterator[Callable[..., StagedCopyEngine]]:
     from tests.connector.cuda.host_device import HostDevice
 
     with (
-        mock.patch.multiple(copy_cuda, **_kernels(plain_kernels, "gather", "scatter", "digest_pages")),
-        mock.patch.multiple(staged_load, **_kernels(plain_kernels, "scatter", "digest_pages")),
-        mock.patch.multiple(staged_store, **_kernels(plain_kernels, "gather", "digest_pages")),
+        mock.patch.multiple(copy_cuda, **_kernels(plain_kernels, copy_cuda)),
+        mock.patch.multiple(staged_load, **_kernels(plain_kernels, staged_load)),
+        mock.patch.multiple(staged_store, **_kernels(plain_kernels, staged_store)),
     ):
         yield lambda *args, **settings: StagedCopyEngine(HostDevice(), *args, **settings)
 
 
-def _kernels(module: Any, *names: str) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in names}
+def _kernels(plain: Any, module: Any) -> dict[str, Any]:
+    return {kernel.__name__: kernel for kernel in plain.ALL if hasattr(module, kernel.__name__)}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ def _trust(*_: Any) -> bool:
     return True
 
 
-staged_load.digest_pages = _skip
-staged_load.scatter = lambda *args: scatter(*args[:-1])  # the last are the digests
+def _scatter(*args: Any, digests: Any = None, **kwargs: Any) -> None:
+    scatter(*args, **kwargs)
+
+
+staged_load.digest_pages = staged_load.digest_paged = _skip
+staged_load.scatter = _scatter
 StagePlan.matches = _trust

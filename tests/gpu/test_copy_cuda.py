@@ -61,6 +61,35 @@ class TestOnTheGpu(CopyCases):
     pass
 
 
+class TestInRegisteredMemoryOfTheGpu(CopyCases):
+    @pytest.fixture
+    def tier(self) -> Iterator[Tier]:
+        with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="cachetier-test-") as folder:
+            yield Tier(Path(folder))
+
+    @pytest.fixture
+    def make(self, tier):
+        """Engines for which the arena is registered: the first one of a test; memory is registered once."""
+        made: list[CudaCopyEngine] = []
+
+        def make(*args, **kwargs):
+            engine = CudaCopyEngine(*args, **kwargs)
+            engine.use_arena(tier.view)
+            assert engine._registrations[0].join() or made
+            made.append(engine)
+            return engine
+
+        yield make
+        for engine in made:
+            if not engine._is_broken:  # stopped by the test
+                engine.stop()
+
+    def test_whole_chunks_go_without_the_copy_engine(self, rank, tier, monkeypatch):
+        for name in ("copy_in", "copy_out"):
+            monkeypatch.setattr(rank.engine._device, name, None)
+        round_trip(rank, tier, 1)
+
+
 def round_trip(rank: Rank, tier: Tier, seed: int) -> None:
     """Store and load a few chunks, and look at the bytes."""
     kv, blocks = kv_of(seed, 6 * CHUNK), blocks_for(6 * CHUNK, seed)

@@ -1,4 +1,6 @@
-"""The copy engine of CUDA devices: every byte through staging memory, in copies as large as the bus likes them.
+"""The copy engine of CUDA devices: kernels that use registered host memory, and staging memory for all that cannot.
+
+What is staged goes in copies as large as the bus likes them.
 
 Two lanes, each with its own slots and streams: one for loads, with two thirds of the staging memory, and one for
 stores. Loads take turns on theirs, slot by slot, and one that waits for a disk takes none. Kernels of loads go before
@@ -21,14 +23,15 @@ from cachetier.core.errors import CachetierError, ConfigError
 from cachetier.core.layout import PAGE_BYTES, KVLayout, Shard
 from cachetier_blend.rotation import Rotary, cos_sin
 from cachetier_connector.copy_base import CopyEngine
+from cachetier_connector.cuda import staged_load, staged_store
 from cachetier_connector.cuda.device import CudaDevice, Device
 from cachetier_connector.cuda.device_plan import DevicePlans
 from cachetier_connector.cuda.direct_reads import DirectReader
-from cachetier_connector.cuda.kernels import Digests, Rotation, digest_pages, gather, scatter
+from cachetier_connector.cuda.kernels import Digests, Rotation, digest_paged, digest_pages, gather, scatter
 from cachetier_connector.cuda.pool import DevicePools
 from cachetier_connector.cuda.probe_disk import MODE_DIRECT, MODE_HOST, probe
 from cachetier_connector.cuda.registration import Registration
-from cachetier_connector.cuda.staged_load import POOL_PAGES_MAX, Keys, StagedLoad
+from cachetier_connector.cuda.staged_load import Keys, StagedLoad
 from cachetier_connector.cuda.staged_store import Snapshot, StagedStore
 from cachetier_connector.cuda.staging import NUM_SLOTS, Lane, Turns
 from cachetier_connector.plan import LoadOp
@@ -77,7 +80,9 @@ class StagedCopyEngine(CopyEngine):
         memory = device.empty(share * (LOAD_SHARES + STORE_SHARES))
         self._load_memory = memory[: share * LOAD_SHARES]
         self._load_lane = self._new_load_lane(self._load_memory)
-        self._store_lane = Lane(device, memory[share * LOAD_SHARES :], is_urgent=False)
+        self._store_lane = Lane(
+            device, memory[share * LOAD_SHARES :], is_urgent=False, num_pages=staged_store.PAGES_MAX
+        )
         now = device.mark()  # the caches may still be written, and memory that torch gave may still be read
         for lane in (self._load_lane, self._store_lane):
             lane.copies.wait_event(now)
@@ -132,8 +137,13 @@ class StagedCopyEngine(CopyEngine):
             return [None] * len(numbers)
         self._device.bind_thread()
         try:
-            plans = self._plans.get([self._shard], snapshot.chunk_tokens)
-            return StagedStore(self._device, self._store_lane, plans, snapshot, arena).fill(numbers, frames, is_wanted)
+            return StagedStore(
+                self._device,
+                self._store_lane,
+                lambda is_staged: self._plans.get([self._shard], snapshot.chunk_tokens, is_staged=is_staged),
+                snapshot,
+                arena,
+            ).fill(numbers, frames, is_wanted)
         except Exception as error:
             self._note(self._store_lane, error)
             raise
@@ -192,7 +202,7 @@ class StagedCopyEngine(CopyEngine):
         return False
 
     def _new_load_lane(self, memory: torch.Tensor) -> Lane:
-        return Lane(self._device, memory, is_urgent=True, num_pages=POOL_PAGES_MAX)
+        return Lane(self._device, memory, is_urgent=True, num_pages=staged_load.PAGES_MAX)
 
     def _lane_for(self, load: LoadOp) -> Lane:
         return self._direct_lane if self._direct_lane is not None and load.segments else self._load_lane
@@ -265,8 +275,32 @@ class StagedCopyEngine(CopyEngine):
                 self._device.launch(lane.kernels, work)
                 turns.end(use, lane.kernels, lambda _: None)
             turns.wait()
+        self._warm_up_whole(turns, blocks.tensor)
         turns.close()
         self._device.release(blocks)
+
+    def _warm_up_whole(self, turns: Turns, blocks: torch.Tensor) -> None:
+        """Compile what works on whole shards, which may be larger than a slot: the copies are of nothing."""
+        lane, chunk_tokens = self._store_lane, self._warm_up_tokens
+        [each] = self._plans.get([self._shard], chunk_tokens, is_staged=False)
+        num_pages = len(each.plan.page_bytes)
+        if not each.is_exact or num_pages > staged_store.PAGES_MAX:
+            return
+        for _ in range(2):
+            with turns:
+                use = turns.begin()
+                digests = Digests(each.page_bytes, use.digests(1, num_pages))
+
+                def work(stream: int | None) -> None:
+                    gather(each.layers, blocks, 0, 0, chunk_tokens, blocks, stream, 1)
+                    scatter(
+                        each.layers, blocks, 0, 0, 0, chunk_tokens, blocks, each.unit_offsets, stream, num_programs=1
+                    )
+                    digest_paged(each.layers, blocks, 0, chunk_tokens, digests, stream)  # noqa: B023
+
+                self._device.launch(lane.kernels, work)
+                turns.end(use, lane.kernels, lambda _: None)
+            turns.wait()
 
 
 class CudaCopyEngine(StagedCopyEngine):

@@ -1,8 +1,9 @@
 """Triton: rows between paged blocks and the canonical layout `[head][layer][token][row]`.
 
-A program moves a tile of one head and layer of one chunk, which is contiguous in the canonical layout, so the tile
-needs to respect no border: each of its units looks up its own token's place. Heads vary fastest over the programs,
-since they are neighbours in a block. Nothing is compiled before the first launch.
+A program moves tiles, each of one head and layer of one chunk, which is contiguous in the canonical layout, so a tile
+needs to respect no border: each of its units looks up its own token's place. Heads vary fastest over the tiles, since
+they are neighbours in a block. As many programs as there are tiles fill the device; a few, which move one tile after
+the other, leave it to the engine. Nothing is compiled before the first launch.
 
 Scattering and digesting share a kernel: beside prefills loads were seen to fall from 52 to between 3 and 5 GB/s,
 presumably since each kernel waits until the engine's make room. What sharing gains there has not been measured.
@@ -45,16 +46,17 @@ def paged_units(
     """Return pointers to units of rows of one layer and head, at `slot` (tokens from the first block's start)."""
     block = tl.load(blocks + slot // block_tokens, mask=is_wanted, other=0)
     token = (slot % block_tokens).to(tl.int64)
-    offset = head.to(tl.int64) * head_stride + (block * block_stride + token * token_stride) + column
+    offset = tl.cast(head, tl.int64) * head_stride + (block * block_stride + token * token_stride) + column
     return vectors(tl.load(layer_ptrs + layer), offset, unit, align_bytes)
 
 
-@triton.jit(do_not_specialize=["layer_ptrs", "blocks", "targets", "first_token"])
+@triton.jit(do_not_specialize=["layer_ptrs", "blocks", "targets", "first_token", "num_chunks"])
 def gather_kernel(
     layer_ptrs,
     blocks,
     targets,
     first_token,
+    num_chunks,
     chunk_tokens: tl.constexpr,
     num_layers: tl.constexpr,
     num_heads: tl.constexpr,
@@ -67,30 +69,32 @@ def gather_kernel(
     head_stride: tl.constexpr,
     token_stride: tl.constexpr,
 ):
-    """Copy rows of paged blocks to chunks in the canonical layout; programs: (layer, tile, head), chunk."""
+    """Copy rows of paged blocks to chunks in the canonical layout; tiles: chunk, then (layer, tile, head)."""
     num_tiles: tl.constexpr = (chunk_tokens * row_units + tile - 1) // tile
-    program, chunk = tl.program_id(0), tl.program_id(1)
-    head, layer = program % num_heads, program // num_heads // num_tiles
-    index = (program // num_heads % num_tiles) * tile + tl.arange(0, tile)
-    is_wanted = index < chunk_tokens * row_units
-    rows = paged_units(
-        layer_ptrs,
-        blocks,
-        layer,
-        head,
-        first_token + chunk * chunk_tokens + index // row_units,
-        index % row_units,
-        is_wanted,
-        unit,
-        align_bytes,
-        block_tokens,
-        block_stride,
-        head_stride,
-        token_stride,
-    )
-    start = (head * num_layers + layer).to(tl.int64) * (chunk_tokens * row_units)
-    target = vectors(tl.load(targets + chunk), start + index, unit, align_bytes)
-    tl.store(target, tl.load(rows, mask=is_wanted), mask=is_wanted)
+    num_copies: tl.constexpr = num_layers * num_heads * num_tiles
+    for work in range(tl.program_id(0), num_chunks * num_copies, tl.num_programs(0)):
+        chunk, number = work // num_copies, work % num_copies
+        head, layer = number % num_heads, number // num_heads // num_tiles
+        index = (number // num_heads % num_tiles) * tile + tl.arange(0, tile)
+        is_wanted = index < chunk_tokens * row_units
+        rows = paged_units(
+            layer_ptrs,
+            blocks,
+            layer,
+            head,
+            first_token + chunk * chunk_tokens + index // row_units,
+            index % row_units,
+            is_wanted,
+            unit,
+            align_bytes,
+            block_tokens,
+            block_stride,
+            head_stride,
+            token_stride,
+        )
+        start = tl.cast(head * num_layers + layer, tl.int64) * (chunk_tokens * row_units)
+        target = vectors(tl.load(targets + chunk), start + index, unit, align_bytes)
+        tl.store(target, tl.load(rows, mask=is_wanted), mask=is_wanted)
 
 
 @triton.jit(
@@ -105,6 +109,7 @@ def gather_kernel(
         "first_token",
         "num_tokens",
         "skip_tokens",
+        "num_chunks",
         "num_pages",
     ]
 )
@@ -119,6 +124,7 @@ def scatter_kernel(
     first_token,
     num_tokens,
     skip_tokens,
+    num_chunks,
     num_pages,
     chunk_tokens: tl.constexpr,
     num_layers: tl.constexpr,
@@ -139,45 +145,47 @@ def scatter_kernel(
     scale: tl.constexpr,
     largest: tl.constexpr,
 ):
-    """Copy the wanted tokens of staged chunks to rows of paged blocks; programs: (layer, tile, head), chunk.
+    """Copy the wanted tokens of chunks to rows of paged blocks; tiles: chunk, then (layer, tile, head).
 
     Unless `half` is 0, a unit is a number, and those that the model rotates are turned by the angles of `table`.
-    Further programs, if there are any, digest the chunks' pages.
+    If there are pages, they are digested as well, by the programs for which no tile of their chunk is left.
     """
     num_copies: tl.constexpr = num_layers * num_heads * ((chunk_tokens * row_units + tile - 1) // tile)
-    program, chunk = tl.program_id(0), tl.program_id(1)
-    if program >= num_copies:
-        digest_some(sources, page_bytes, digests, num_pages, program - num_copies, chunk, pages_a_program)
-    else:
-        scatter_tile(
-            layer_ptrs,
-            blocks,
-            sources,
-            unit_offsets,
-            table,
-            first_token,
-            num_tokens,
-            skip_tokens,
-            program,
-            chunk,
-            chunk_tokens,
-            num_layers,
-            num_heads,
-            row_units,
-            tile,
-            unit,
-            align_bytes,
-            block_tokens,
-            block_stride,
-            head_stride,
-            token_stride,
-            first_dim,
-            half,
-            is_interleaved,
-            up,
-            scale,
-            largest,
-        )
+    per_chunk = num_copies + (num_pages + pages_a_program - 1) // pages_a_program
+    for work in range(tl.program_id(0), num_chunks * per_chunk, tl.num_programs(0)):
+        chunk, number = work // per_chunk, work % per_chunk
+        if number >= num_copies:
+            digest_some(sources, page_bytes, digests, num_pages, number - num_copies, chunk, pages_a_program)
+        else:
+            scatter_tile(
+                layer_ptrs,
+                blocks,
+                sources,
+                unit_offsets,
+                table,
+                first_token,
+                num_tokens,
+                skip_tokens,
+                number,
+                chunk,
+                chunk_tokens,
+                num_layers,
+                num_heads,
+                row_units,
+                tile,
+                unit,
+                align_bytes,
+                block_tokens,
+                block_stride,
+                head_stride,
+                token_stride,
+                first_dim,
+                half,
+                is_interleaved,
+                up,
+                scale,
+                largest,
+            )
 
 
 @triton.jit
@@ -190,7 +198,7 @@ def scatter_tile(
     first_token,
     num_tokens,
     skip_tokens,
-    program,
+    number,
     chunk,
     chunk_tokens: tl.constexpr,
     num_layers: tl.constexpr,
@@ -210,18 +218,18 @@ def scatter_tile(
     scale: tl.constexpr,
     largest: tl.constexpr,
 ):
-    """Copy what one program copies."""
+    """Copy tile `number` of a chunk."""
     num_tiles: tl.constexpr = (chunk_tokens * row_units + tile - 1) // tile
-    head, layer = program % num_heads, program // num_heads // num_tiles
-    index = (program // num_heads % num_tiles) * tile + tl.arange(0, tile)
-    number = chunk * chunk_tokens + index // row_units - skip_tokens  # counted from the first wanted token
-    is_wanted = (index < chunk_tokens * row_units) & (number >= 0) & (number < num_tokens)
+    head, layer = number % num_heads, number // num_heads // num_tiles
+    index = (number // num_heads % num_tiles) * tile + tl.arange(0, tile)
+    token = chunk * chunk_tokens + index // row_units - skip_tokens  # counted from the first wanted token
+    is_wanted = (index < chunk_tokens * row_units) & (token >= 0) & (token < num_tokens)
     rows = paged_units(
         layer_ptrs,
         blocks,
         layer,
         head,
-        first_token + number,
+        first_token + token,
         index % row_units,
         is_wanted,
         unit,

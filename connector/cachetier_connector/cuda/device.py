@@ -116,6 +116,10 @@ class Device(ABC):
     def unregister(self, address: int) -> None:
         """Undo `register`. Raises DriverError."""
 
+    @abstractmethod
+    def is_registered(self, address: int, length_bytes: int) -> bool:
+        """Tell whether all of this host memory is registered, so that kernels may use it by its address."""
+
     @property
     @abstractmethod
     def uuid(self) -> str:
@@ -264,7 +268,7 @@ class CudaDevice(Device):
 
     def copy_in(self, transfer: Transfer, stream: CudaStream) -> None:
         host, device, width, rows, host_pitch, device_pitch = transfer
-        may_wait = not self._is_registered(host)
+        may_wait = not self.is_registered(host, 1)  # no copy crosses the border of a registered range
         if rows == 1:
             self._driver.copy_in(device, host, width, stream.handle, may_wait=may_wait)
         else:
@@ -274,7 +278,7 @@ class CudaDevice(Device):
 
     def copy_out(self, transfer: Transfer, stream: CudaStream) -> None:
         host, device, width, rows, host_pitch, device_pitch = transfer
-        may_wait = not self._is_registered(host)
+        may_wait = not self.is_registered(host, 1)  # no copy crosses the border of a registered range
         if rows == 1:
             self._driver.copy_out(host, device, width, stream.handle, may_wait=may_wait)
         else:
@@ -298,11 +302,14 @@ class CudaDevice(Device):
             self._registered = tuple(each for each in self._registered if each[0] != address)
         self._driver.unregister(address)
 
-    def _is_registered(self, address: int) -> bool:
-        """Tell whether the memory at `address` is registered; no copy crosses the border of a registered range."""
-        ranges = self._registered
+    def is_registered(self, address: int, length_bytes: int) -> bool:
+        ranges, end = self._registered, address + length_bytes
         number = bisect_right(ranges, (address, sys.maxsize)) - 1
-        return number >= 0 and address < ranges[number][1]
+        while 0 <= number < len(ranges) and ranges[number][0] <= address < ranges[number][1]:
+            address, number = ranges[number][1], number + 1
+            if address >= end:
+                return True
+        return False
 
     def _set_up(self) -> contextlib.AbstractContextManager[Any]:
         """Have torch allocate for and work on a stream of its own: the default one would wait for the engine's step."""

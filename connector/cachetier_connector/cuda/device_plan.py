@@ -11,17 +11,23 @@ import torch
 
 from cachetier.core.layout import KVLayout, Shard
 from cachetier_connector.cuda.device import Device
+from cachetier_connector.cuda.kernels import WORD_BYTES
 from cachetier_connector.cuda.paged_layers import PagedLayers
 from cachetier_connector.cuda.stage_plan import StagePlan, plan_parts, plan_single_objects
 
 
 class DevicePlan(NamedTuple):
-    """A stage plan with its tables on the device, and the layers that its part lies in."""
+    """A stage plan with its tables on the device, and the layers that its part lies in.
+
+    Attributes:
+        is_exact: the pages are those of the part and of nothing else, so they can be digested in the paged blocks.
+    """
 
     plan: StagePlan
     layers: PagedLayers
     unit_offsets: torch.Tensor
     page_bytes: torch.Tensor
+    is_exact: bool
 
 
 class DevicePlans:
@@ -40,7 +46,7 @@ class DevicePlans:
     def get(self, tiling: Sequence[Shard], chunk_tokens: int, *, is_staged: bool = True) -> list[DevicePlan]:
         """Return one plan for each part of the shard that is moved on its own.
 
-        Those of chunks that are not staged, but used where they lie in device memory, need one object each.
+        Those of chunks that are not staged, but used where they lie, need one object each.
 
         Raises:
             ConfigError: such chunks cannot be staged.
@@ -52,16 +58,20 @@ class DevicePlans:
                     plans = plan_parts(self._layout, tiling, self._shard, chunk_tokens, self._slot_bytes)
                 else:
                     plans = plan_single_objects(self._layout, tiling, self._shard, chunk_tokens)
-                self._plans[key] = [
-                    DevicePlan(
-                        plan,
-                        self._layers_of(plan.part),
-                        self._device.constant(plan.unit_offsets, torch.int64),
-                        self._device.constant(plan.page_bytes, torch.int32),
-                    )
-                    for plan in plans
-                ]
+                self._plans[key] = [self._on_device(plan, chunk_tokens) for plan in plans]
             return self._plans[key]
+
+    def _on_device(self, plan: StagePlan, chunk_tokens: int) -> DevicePlan:
+        layers = self._layers_of(plan.part)
+        return DevicePlan(
+            plan,
+            layers,
+            self._device.constant(plan.unit_offsets, torch.int64),
+            self._device.constant(plan.page_bytes, torch.int32),
+            is_exact=layers.unit_bytes == WORD_BYTES
+            and len(plan.ranges) == 1
+            and sum(plan.page_bytes) == layers.shard_bytes(chunk_tokens),
+        )
 
     def _layers_of(self, part: Shard) -> PagedLayers:
         if part not in self._layers:

@@ -58,19 +58,72 @@ def digest_some(sources, page_bytes, digests, num_pages, program, chunk, pages_a
     start = tl.load(sources + chunk).to(tl.pointer_type(tl.uint64))
     words = start + (readable.to(tl.int64) * PAGE_WORDS)[:, None] + lane
 
-    prime_1 = tl.full((1, 1), PRIME_1, tl.uint64)
-    prime_2 = tl.full((1, 1), PRIME_2, tl.uint64)
-    zero = tl.full((pages_a_program, 4), 0, tl.uint64)
-    accumulators = zero + tl.where(lane == 0, prime_1, zero) - tl.where(lane == 3, prime_1, zero)
-    accumulators += tl.where(lane < 2, prime_2, zero)
+    accumulators = begun(lane, pages_a_program)
     for first in range(0, PAGE_STRIPES, STRIPES_AT_ONCE):
         for step in tl.static_range(STRIPES_AT_ONCE):
             stripe = first + step
             word = tl.load(words + tl.minimum(stripe, last_stripe) * 4)
             accumulators = tl.where(stripe <= last_stripe, mixed(accumulators, word), accumulators)
     digest = finished(accumulators, lane, length)
+    target = digests + tl.cast(chunk, tl.int64) * num_pages + page
+    tl.store(target, digest.to(tl.int64, bitcast=True), mask=page < num_pages)
+
+
+@triton.jit(do_not_specialize=["layer_ptrs", "blocks", "page_bytes", "digests", "first_token", "num_pages"])
+def digest_paged_kernel(
+    layer_ptrs,
+    blocks,
+    page_bytes,
+    digests,
+    first_token,
+    num_pages,
+    pages_a_program: tl.constexpr,
+    chunk_tokens: tl.constexpr,
+    num_layers: tl.constexpr,
+    row_words: tl.constexpr,
+    block_tokens: tl.constexpr,
+    block_stride: tl.constexpr,
+    head_stride: tl.constexpr,
+    token_stride: tl.constexpr,
+):
+    """Write the digests of all pages of chunks that stand in paged blocks; programs: pages, chunk.
+
+    Words and strides are of eight bytes; a stripe may lie in two rows.
+    """
+    page = tl.program_id(0) * pages_a_program + tl.arange(0, pages_a_program)
+    chunk = tl.program_id(1)
+    readable = tl.minimum(page, num_pages - 1)
+    length = tl.load(page_bytes + readable)
+    last_stripe = (length // STRIPE_BYTES - 1)[:, None]
+    lane = tl.arange(0, 4)[None, :]
+    words = (readable * PAGE_WORDS)[:, None] + lane
+
+    accumulators = begun(lane, pages_a_program)
+    for first in range(0, PAGE_STRIPES, STRIPES_AT_ONCE):
+        for step in tl.static_range(STRIPES_AT_ONCE):
+            stripe = first + step
+            index = words + tl.minimum(stripe, last_stripe) * 4
+            row = index // row_words
+            slot = first_token + chunk * chunk_tokens + row % chunk_tokens
+            head, layer = row // chunk_tokens // num_layers, row // chunk_tokens % num_layers
+            block = tl.load(blocks + slot // block_tokens)
+            offset = block * block_stride + (slot % block_tokens).to(tl.int64) * token_stride
+            offset += head.to(tl.int64) * head_stride + index % row_words
+            word = tl.load(tl.load(layer_ptrs + layer).to(tl.pointer_type(tl.uint64)) + offset)
+            accumulators = tl.where(stripe <= last_stripe, mixed(accumulators, word), accumulators)
+    digest = finished(accumulators, lane, length)
     target = digests + chunk.to(tl.int64) * num_pages + page
     tl.store(target, digest.to(tl.int64, bitcast=True), mask=page < num_pages)
+
+
+@triton.jit
+def begun(lane, pages_a_program: tl.constexpr):
+    """Return the four accumulators of each page, before the first stripe."""
+    prime_1 = tl.full((1, 1), PRIME_1, tl.uint64)
+    prime_2 = tl.full((1, 1), PRIME_2, tl.uint64)
+    zero = tl.full((pages_a_program, 4), 0, tl.uint64)
+    accumulators = zero + tl.where(lane == 0, prime_1, zero) - tl.where(lane == 3, prime_1, zero)
+    return accumulators + tl.where(lane < 2, prime_2, zero)
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 Each function enqueues on a stream of the current device, which must be the tensors', and does not wait: the caller
 keeps every tensor and address alive and unchanged until the stream has passed. Nothing is checked on the
-device: block numbers, addresses and sizes must be right. Addresses are those of staging memory on the device,
-multiples of 16. With TRITON_INTERPRET=1 set before this is imported, everything runs on CPU tensors.
+device: block numbers, addresses and sizes must be right. Addresses are multiples of 16, of memory of the device or of
+registered host memory. With TRITON_INTERPRET=1 set before this is imported, everything runs on CPU tensors.
 """
 
 from functools import cache
@@ -15,13 +15,14 @@ import triton.language as tl
 
 from cachetier_blend.rotation import Rotary
 from cachetier_connector.cuda.copy_kernels import gather_kernel, scatter_kernel
-from cachetier_connector.cuda.digest_kernel import PAGES_A_WARP, digest_kernel
+from cachetier_connector.cuda.digest_kernel import PAGES_A_WARP, digest_kernel, digest_paged_kernel
 from cachetier_connector.cuda.launch import Launch
 from cachetier_connector.cuda.paged_layers import PagedLayers
 
 TILE_UNITS_MAX = 2048  # 16 KiB in 16 accesses a thread: enough in flight to fill the memory's pipe
 COPY_WARPS = 4
 DIGEST_WARPS = 1
+WORD_BYTES = 8
 UNITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 # How types differ from float32, as `rotate_kernel` has it: up, scale, largest. Eight bits saturate, others overflow.
@@ -71,6 +72,7 @@ def gather(
     chunk_tokens: int,
     targets: torch.Tensor,
     stream: int | None = None,
+    num_programs: int | None = None,
 ) -> None:
     """Copy consecutive chunks out of paged blocks.
 
@@ -83,9 +85,11 @@ def gather(
         targets: int64 `[num_chunks]` on the device: the address each chunk goes to, `layers.shard_bytes(chunk_tokens)`
             bytes in the canonical layout.
         stream: the driver's handle; the current stream without it.
+        num_programs: how many programs share the work; without it, as many as there are tiles.
     """
-    launch, num_programs = _copy_launch(layers, gather_kernel, chunk_tokens, layers.unit_bytes)
-    launch((num_programs, num_chunks, 1), layers.layer_ptrs, blocks, targets, first_token, stream=stream)
+    launch, num_tiles = _copy_launch(layers, gather_kernel, chunk_tokens, layers.unit_bytes)
+    grid = (num_programs or num_tiles * num_chunks, 1, 1)
+    launch(grid, layers.layer_ptrs, blocks, targets, first_token, num_chunks, stream=stream)
 
 
 def scatter(
@@ -100,6 +104,7 @@ def scatter(
     stream: int | None = None,
     rotation: Rotation | None = None,
     digests: Digests | None = None,
+    num_programs: int | None = None,
 ) -> None:
     """Copy tokens of consecutive chunks into paged blocks. No byte of any other slot is touched.
 
@@ -117,6 +122,7 @@ def scatter(
         stream: the driver's handle; the current stream without it.
         rotation: turn K by the same angles for all tokens.
         digests: do also what `digest_pages` does, at the same time.
+        num_programs: how many programs share the work; without it, as many as there are tiles.
     """
     num_chunks = -(-(skip_tokens + num_tokens) // chunk_tokens)
     if rotation is None:
@@ -126,14 +132,14 @@ def scatter(
         unit_bytes, half = dtype.itemsize, rotary.rotary_dim // 2
         how = (rotary.first_dim, half, rotary.is_interleaved, *NUMBERS[dtype])
     pages_a_program = PAGES_A_WARP * COPY_WARPS
-    launch, num_programs = _copy_launch(layers, scatter_kernel, chunk_tokens, unit_bytes, pages_a_program, *how)
+    launch, num_tiles = _copy_launch(layers, scatter_kernel, chunk_tokens, unit_bytes, pages_a_program, *how)
     page_bytes, target, num_pages = unit_offsets, unit_offsets, 0  # not read
     if digests is not None:
         page_bytes, target = digests
         num_pages = target.shape[1]
-        num_programs += -(-num_pages // pages_a_program)
+        num_tiles += -(-num_pages // pages_a_program)
     launch(
-        (num_programs, num_chunks, 1),
+        (num_programs or num_tiles * num_chunks, 1, 1),
         layers.layer_ptrs,
         blocks,
         sources,
@@ -144,6 +150,7 @@ def scatter(
         first_token,
         num_tokens,
         skip_tokens,
+        num_chunks,
         num_pages,
         stream=stream,
     )
@@ -162,10 +169,48 @@ def digest_pages(sources: torch.Tensor, digests: Digests, stream: int | None = N
     _digest_launch(sources.device)(grid, sources, *digests, num_pages, stream=stream)
 
 
+def digest_paged(
+    layers: PagedLayers,
+    blocks: torch.Tensor,
+    first_token: int,
+    chunk_tokens: int,
+    digests: Digests,
+    stream: int | None = None,
+) -> None:
+    """Compute the digests of consecutive chunks that stand in paged blocks, as `digest_pages` would of them gathered.
+
+    Args:
+        layers: the paged caches; their `unit_bytes` must be 8.
+        blocks: int64 `[n]` on the device, consecutive blocks of one request.
+        first_token: where the first chunk starts, counted from the start of the first block.
+        chunk_tokens: tokens a chunk.
+        digests: of what, and where to; the pages are those of `layers.shard_bytes(chunk_tokens)` bytes.
+        stream: the driver's handle; the current stream without it.
+    """
+    num_chunks, num_pages = digests.target.shape
+    key = ("digest_paged", chunk_tokens)
+    if key not in layers.launches:
+        assert layers.unit_bytes == WORD_BYTES, "digests are of words of eight bytes"
+        constants = (
+            PAGES_A_WARP * DIGEST_WARPS,
+            chunk_tokens,
+            layers.num_layers,
+            layers.row_bytes // WORD_BYTES,
+            layers.block_tokens,
+            layers.block_stride,
+            layers.head_stride,
+            layers.token_stride,
+        )
+        layers.launches[key] = Launch(digest_paged_kernel, constants, DIGEST_WARPS), 0
+    launch, _ = layers.launches[key]
+    grid = (-(-num_pages // (PAGES_A_WARP * DIGEST_WARPS)), num_chunks, 1)
+    launch(grid, layers.layer_ptrs, blocks, *digests, first_token, num_pages, stream=stream)
+
+
 def _copy_launch(
     layers: PagedLayers, kernel: Any, chunk_tokens: int, unit_bytes: int, *more: Any
 ) -> tuple[Launch, int]:
-    """Return the launch that moves units of `unit_bytes`, and how many programs a chunk needs."""
+    """Return the launch that moves units of `unit_bytes`, and how many tiles a chunk has."""
     key = (kernel.__name__, chunk_tokens, *more)
     found = layers.launches.get(key)
     if found is None:
@@ -186,8 +231,8 @@ def _copy_launch(
             layers.token_stride * scale,
             *more,
         )
-        num_programs = layers.num_heads * layers.num_layers * -(-num_units // tile_units)
-        found = layers.launches[key] = Launch(kernel, constants, COPY_WARPS), num_programs
+        num_tiles = layers.num_heads * layers.num_layers * -(-num_units // tile_units)
+        found = layers.launches[key] = Launch(kernel, constants, COPY_WARPS), num_tiles
     return found
 
 

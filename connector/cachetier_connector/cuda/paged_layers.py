@@ -34,7 +34,7 @@ class PagedLayers:
         block_stride: from a block to the next.
         head_stride: from a head to the next.
         token_stride: from a token to the next.
-        launches: compiled kernels by kernel, chunk size and rotation, and how many programs a chunk needs.
+        launches: compiled kernels by kernel, chunk size and rotation, and how many tiles a chunk has.
     """
 
     caches: tuple[torch.Tensor, ...]

@@ -218,6 +218,13 @@ class HostDevice(Device):
     def unregister(self, address: int) -> None:
         del self.registered[address]
 
+    def is_registered(self, address: int, length_bytes: int) -> bool:
+        end = address + length_bytes
+        for first, last in sorted(self.registered.items()):
+            if first <= address < last:
+                address = last
+        return address >= end
+
     def _note(self, transfer: Transfer) -> None:
         """Refuse what the driver refuses: memory of which one part is registered and another is not."""
         self.transfers.append(transfer)

@@ -13,7 +13,7 @@ import torch
 from cachetier.core.checksum import page_digests
 from cachetier.core.layout import PAGE_BYTES, round_up
 from cachetier_blend.rotation import Rotary, cos_sin, read_rotary, rotate
-from cachetier_connector.cuda.kernels import Digests, Rotation, digest_pages, gather, scatter
+from cachetier_connector.cuda.kernels import Digests, Rotation, digest_paged, digest_pages, gather, scatter
 from cachetier_connector.cuda.paged_layers import PagedLayers
 from cachetier_connector.cuda.stage_plan import STRIPE_BYTES
 
@@ -159,6 +159,11 @@ def places(case: Case, count: int, size_bytes: int) -> tuple[list[int], int]:
     return [number * step for number in random.Random(case.seed).sample(range(count + 1), count)], (count + 1) * step
 
 
+def programs_of(case: Case) -> int | None:
+    """Return how many programs share the work of a case: one for each tile, or a few."""
+    return (None, 1, 3)[case.seed % 3]
+
+
 def check_gather(case: Case, device: torch.device) -> None:
     """Gather and compare all of the staging buffer."""
     expected, paged = Paged(case, torch.device("cpu")), Paged(case, device)
@@ -170,7 +175,8 @@ def check_gather(case: Case, device: torch.device) -> None:
         wanted[offset : offset + size_bytes] = chunk.flatten()
     targets = numbers_on(device, [staged.data_ptr() + offset for offset in offsets])
     blocks = numbers_on(device, paged.blocks)
-    gather(paged.layers, blocks, case.first_token, case.num_chunks, case.chunk_tokens, targets)
+    where = (case.first_token, case.num_chunks, case.chunk_tokens)
+    gather(paged.layers, blocks, *where, targets, num_programs=programs_of(case))
     assert torch.equal(staged.cpu(), wanted)
     assert torch.equal(paged.flat.bytes.cpu(), expected.flat.bytes)
 
@@ -209,6 +215,7 @@ def check_scatter(case: Case, device: torch.device, turn: Turn | None = None) ->
         numbers_on(device, unit_offsets),
         rotation=turn and Rotation(turn.rotary, turn.dtype, torch.cat(cos_sin(turn.shift, turn.rotary)).to(device)),
         digests=Digests(numbers_on(device, page_bytes, torch.int32), target) if is_digested else None,
+        num_programs=programs_of(case),
     )
     expected.write(
         source if turn is None else rotate(source.view(turn.dtype), turn.shift, turn.rotary).view(torch.uint8)
@@ -262,6 +269,21 @@ def check_round_trip(case: Case, device: torch.device) -> None:
     gather(layers, others, 0, case.num_chunks, case.chunk_tokens, second)
     assert staged[0].any()
     assert torch.equal(staged[0], staged[1])
+
+
+def check_paged_digests(case: Case, device: torch.device) -> None:
+    """Digest chunks in paged blocks and compare with what xxhash computes of them in the canonical layout."""
+    expected, paged = Paged(case, torch.device("cpu")), Paged(case, device)
+    whole, rest = divmod(paged.layers.shard_bytes(case.chunk_tokens), PAGE_BYTES)
+    page_bytes = [PAGE_BYTES] * whole + [rest] * (rest > 0)
+    target = torch.full((case.num_chunks + 2, len(page_bytes)), -7, dtype=torch.int64, device=device)
+    digests = Digests(numbers_on(device, page_bytes, torch.int32), target[1:-1])
+    digest_paged(paged.layers, numbers_on(device, paged.blocks), case.first_token, case.chunk_tokens, digests)
+    found = target.cpu()
+    for row, chunk in zip(found[1:-1], expected.canonical(), strict=True):
+        assert row.numpy().tobytes() == page_digests(memoryview(chunk.flatten().numpy()))
+    assert found[[0, -1]].eq(-7).all()
+    assert torch.equal(paged.flat.bytes.cpu(), expected.flat.bytes)
 
 
 def check_digests(page_bytes: Sequence[int], num_chunks: int, device: torch.device, seed: int = 0) -> None:

@@ -23,7 +23,9 @@ def places(layers: PagedLayers, blocks: torch.Tensor, first_token: int, num_toke
     return blocks[slots // layers.block_tokens], slots % layers.block_tokens
 
 
-def gather(layers, blocks, first_token, num_chunks, chunk_tokens, targets, stream=None):
+def gather(layers, blocks, first_token, num_chunks, chunk_tokens, targets, stream=None, num_programs=None):
+    if not num_chunks:
+        return
     block, slot = places(layers, blocks, first_token, num_chunks * chunk_tokens)
     rows = torch.stack([cache.view(torch.int16)[block, :, slot] for cache in layers.caches])
     chunks = rows.unflatten(1, (num_chunks, chunk_tokens)).permute(1, 3, 0, 2, 4).contiguous()
@@ -44,11 +46,14 @@ def scatter(
     stream=None,
     rotation=None,
     digests=None,
+    num_programs=None,
 ):
     if digests is not None:
         digest_pages(sources, digests)
     unit_bytes, row = chunk_tokens * layers.row_bytes, layers.row_bytes // 2
     num_chunks = -(-(skip_tokens + num_tokens) // chunk_tokens)
+    if not num_chunks:
+        return
     assert len(sources) == num_chunks
     units = [
         memory_at(source + offset, unit_bytes).view(torch.int16).view(chunk_tokens, row)
@@ -80,3 +85,16 @@ def digest_pages(sources, digests, stream=None):
         parts = (memory_at(source + n * PAGE_BYTES, size) for n, size in enumerate(digests.page_bytes.tolist()))
         data = b"".join(page_digests(memoryview(part.numpy()).cast("B")) for part in parts)
         row.copy_(torch.frombuffer(bytearray(data), dtype=torch.int64))
+
+
+def digest_paged(layers, blocks, first_token, chunk_tokens, digests, stream=None):
+    num_chunks, size = len(digests.target), layers.shard_bytes(chunk_tokens)
+    chunks = torch.empty(num_chunks, size, dtype=torch.uint8)
+    targets = torch.tensor([chunk.data_ptr() for chunk in chunks])
+    gather(layers, blocks, first_token, num_chunks, chunk_tokens, targets)
+    assert sum(digests.page_bytes.tolist()) == size
+    for row, chunk in zip(digests.target, chunks, strict=True):
+        row.copy_(torch.frombuffer(bytearray(page_digests(memoryview(chunk.numpy()))), dtype=torch.int64))
+
+
+ALL = (gather, scatter, digest_pages, digest_paged)

@@ -18,6 +18,7 @@ from tests.connector.cuda.kernel_cases import (
     Paged,
     check_digests,
     check_gather,
+    check_paged_digests,
     check_round_trip,
     check_scatter,
     numbers_on,
@@ -117,6 +118,13 @@ def test_a_rank_scatters_its_part_of_what_another_layout_stored(stored, wanted, 
 )
 def test_digests_are_xxhashs(page_bytes, num_chunks, device):
     check_digests(page_bytes, num_chunks, device)
+
+
+@pytest.mark.parametrize("form", ["nhd", "hnd", "mla", "mixed"])
+@pytest.mark.parametrize(("dtype", "row", "chunk_tokens"), [(torch.bfloat16, 64, 40), (torch.uint8, 656, 4)])
+def test_digests_of_chunks_in_paged_blocks_are_xxhashs(form, dtype, row, chunk_tokens, device):
+    """Stripes, pages and the end of a chunk lie across rows, layers and heads."""
+    check_paged_digests(Case(form, dtype, row, 16, chunk_tokens, num_chunks=3, first_token=9), device)
 
 
 @settings(max_examples=6, deadline=None)

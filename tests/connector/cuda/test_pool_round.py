@@ -35,7 +35,7 @@ NUM_CHUNKS = 3
 def _quick(monkeypatch) -> None:
     monkeypatch.setattr(pool_keeper, "CHECK_INTERVAL_S", 0.05)
     for module in (copy_cuda, staged_load):
-        for kernel in (plain_kernels.gather, plain_kernels.scatter, plain_kernels.digest_pages):
+        for kernel in plain_kernels.ALL:
             if hasattr(module, kernel.__name__):
                 monkeypatch.setattr(module, kernel.__name__, kernel)
 
