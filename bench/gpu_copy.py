@@ -266,7 +266,7 @@ def without_checksums() -> Iterator[None]:
         scatter(*args, **kwargs)
 
     with (
-        mock.patch.multiple(staged_load, digest_pages=_skip, digest_paged=_skip, scatter=scattering),
+        mock.patch.multiple(staged_load, digest_pages=_skip, scatter=scattering),
         mock.patch.multiple(staged_store, digest_pages=_skip, digest_paged=_skip),
         mock.patch.object(StagePlan, "matches", _trust),
     ):

@@ -27,6 +27,6 @@ def _scatter(*args: Any, digests: Any = None, **kwargs: Any) -> None:
     scatter(*args, **kwargs)
 
 
-staged_load.digest_pages = staged_load.digest_paged = _skip
+staged_load.digest_pages = _skip
 staged_load.scatter = _scatter
 StagePlan.matches = _trust

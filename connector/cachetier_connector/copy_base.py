@@ -170,14 +170,19 @@ class CopyEngine(ABC):
 
     @abstractmethod
     def fence(self) -> Any:
-        """Return what a load submitted now must wait for before it writes to paged blocks.
+        """Return what loads that are submitted from now on must wait for before they write to paged blocks.
 
-        The worker's main thread, before the load is queued; never waits for a device.
+        The worker's main thread, after it has enqueued work of its own on such blocks; never waits for a device. The
+        engine's steps need none: vLLM gives loads only blocks that no step under way touches (`defer_block_free` of its
+        scheduler).
         """
 
     @abstractmethod
     def open_load(self, arena: ArenaView, load: LoadOp, fence: Any) -> LoadRun:
-        """Start to carry out `load` from `arena` after `fence`. A load thread; any number of runs at the same time."""
+        """Start to carry out `load` from `arena` after `fence`, if there is one.
+
+        A load thread; any number of runs at the same time.
+        """
 
     @abstractmethod
     def read_keys(self, layer: int, block_ids: Sequence[int], num_tokens: int) -> torch.Tensor:

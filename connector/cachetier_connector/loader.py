@@ -85,10 +85,13 @@ class Loader:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, load: LoadOp) -> None:
-        """Queue a load. The worker's main thread. The engine bounds their number: each holds paged blocks."""
+    def submit(self, load: LoadOp, fence: Any = None) -> None:
+        """Queue a load that waits for `fence`, if there is one, before it writes. The worker's main thread.
+
+        The engine bounds their number: each holds paged blocks.
+        """
         self._num_submitted += 1
-        self._loads.put(Submitted(load, self._engine.fence(), time.monotonic()))
+        self._loads.put(Submitted(load, fence, time.monotonic()))
 
     def take_finished(self, wait_s: float = 0.0) -> set[str]:
         """Return the requests whose loads ended since the last call; wait for the first if there are loads at all.

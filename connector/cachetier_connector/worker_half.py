@@ -77,6 +77,7 @@ class WorkerHalf:
             report_corrupt=self._storer.report_corrupt,
             report_filled=self._storer.commit_pool,
         )
+        self._fence: Any = None  # after the latest pass of the blender's
         self._blender: Blender | None = None
         if facts.config.blend != "off" and not facts.blend_refusal:
             self._blender = Blender(facts, vllm_config, spec, layers, self._engine)
@@ -95,13 +96,15 @@ class WorkerHalf:
     def start_loads(self, plan: StepPlan) -> None:
         """Start the plan's loads in the background, and compute what it blends or checks."""
         for load in plan.loads:
-            self._loader.submit(load)
+            self._loader.submit(load, self._fence)
         if plan.blends:
             assert self._blender is not None, "the scheduler half knows what workers refuse"
             self._blender.carry_out(plan.blends)
         if plan.check is not None:
             assert self._blender is not None, "what was blended was blended by it"
             self._blender.check(plan.check)
+        if plan.blends or plan.check is not None:
+            self._fence = self._engine.fence()
 
     def after_forward(self, plan: StepPlan) -> None:
         """Take what the forward pass completed."""

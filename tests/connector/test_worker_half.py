@@ -1,10 +1,13 @@
 """The worker half: what it does with a plan, in a worker that stores and in one whose heads another one stores."""
 
 import dataclasses
+import inspect
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from cachetier.core.config import ConnectorConfig
 from cachetier_connector import copy_factory
@@ -66,3 +69,28 @@ def test_stores_of_a_request_that_was_preempted_before_it_ended_are_cancelled(se
     assert reads == ([] if is_preempted else ["read", "read"])
     worker.stop()
     link.close()
+
+
+def test_loads_wait_for_passes_of_the_blender_and_not_for_those_of_the_engine(server, keeps_blocks, monkeypatch):
+    """vLLM keeps the blocks that its own steps under way touch from loads; those of our passes it does not know of."""
+    worker, seen, fences = worker_of(server.socket_path, num_tp=1, rank=0), [], iter(range(9))
+    monkeypatch.setattr(worker, "_blender", SimpleNamespace(carry_out=seen.append, check=seen.append))
+    monkeypatch.setattr(worker._engine, "fence", lambda: next(fences))
+    monkeypatch.setattr(worker._loader, "submit", lambda load, fence: seen.append((load, fence)))
+    plans = [
+        StepPlan(step=1, loads=["a"]),
+        StepPlan(step=2, loads=["b"], blends=["pass"]),
+        StepPlan(step=3, loads=["c"], check="check"),
+        StepPlan(loads=["d", "e"]),
+    ]
+    for plan in plans:
+        worker.start_loads(plan)
+    assert seen == [("a", None), ("b", None), ["pass"], ("c", 0), "check", ("d", 1), ("e", 1)]
+    worker.stop()
+
+
+def test_vllm_keeps_blocks_that_a_step_under_way_touches_from_loads():
+    """What `CopyEngine.fence` relies on, in the vLLM that is installed here."""
+    text = inspect.getsource(Scheduler)
+    assert "multiple_inflight_batches and kv_transfer_config.is_kv_consumer" in text
+    assert "self.deferred_frees.append" in inspect.getsource(Scheduler._free_request_blocks)

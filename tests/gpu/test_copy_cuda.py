@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from cachetier.core.checksum import object_checksum
-from cachetier.core.layout import frame_bytes
-from cachetier_connector.cuda import transfers
+from cachetier.core.layout import PAGE_BYTES, frame_bytes
+from cachetier_connector.cuda import staged_store, transfers
 from cachetier_connector.cuda.copy_cuda import CudaCopyEngine
 from cachetier_connector.plan import ChunkSource
 from tests.connector.cuda.copy_cases import (
     CHUNK,
+    CHUNK_BYTES,
     LAYOUT,
     STAGING_BYTES,
     TILINGS,
@@ -68,8 +69,9 @@ class TestInRegisteredMemoryOfTheGpu(CopyCases):
             yield Tier(Path(folder))
 
     @pytest.fixture
-    def make(self, tier):
+    def make(self, tier, monkeypatch):
         """Engines for which the arena is registered: the first one of a test; memory is registered once."""
+        monkeypatch.setattr(staged_store, "PAGES_MAX", 2 * CHUNK_BYTES // PAGE_BYTES)
         made: list[CudaCopyEngine] = []
 
         def make(*args, **kwargs):
@@ -84,9 +86,8 @@ class TestInRegisteredMemoryOfTheGpu(CopyCases):
             if not engine._is_broken:  # stopped by the test
                 engine.stop()
 
-    def test_whole_chunks_go_without_the_copy_engine(self, rank, tier, monkeypatch):
-        for name in ("copy_in", "copy_out"):
-            monkeypatch.setattr(rank.engine._device, name, None)
+    def test_stores_go_without_the_copy_engine(self, rank, tier, monkeypatch):
+        monkeypatch.setattr(rank.engine._device, "copy_out", None)
         round_trip(rank, tier, 1)
 
 

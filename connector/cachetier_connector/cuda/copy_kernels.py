@@ -1,12 +1,9 @@
 """Triton: rows between paged blocks and the canonical layout `[head][layer][token][row]`.
 
-A program moves tiles, each of one head and layer of one chunk, which is contiguous in the canonical layout, so a tile
-needs to respect no border: each of its units looks up its own token's place. Heads vary fastest over the tiles, since
-they are neighbours in a block. As many programs as there are tiles fill the device; a few, which move one tile after
-the other, leave it to the engine. Nothing is compiled before the first launch.
-
-Scattering and digesting share a kernel: beside prefills loads were seen to fall from 52 to between 3 and 5 GB/s,
-presumably since each kernel waits until the engine's make room. What sharing gains there has not been measured.
+A tile is of one head and layer of one chunk, which is contiguous in the canonical layout, so it needs to respect no
+border: each of its units looks up its own token's place. Heads vary fastest over the tiles, since they are neighbours
+in a block. As many programs as there are tiles fill the device; a few, which move one tile after the other, leave it
+to the engine. Nothing is compiled before the first launch.
 """
 
 import triton
@@ -109,7 +106,6 @@ def gather_kernel(
         "first_token",
         "num_tokens",
         "skip_tokens",
-        "num_chunks",
         "num_pages",
     ]
 )
@@ -124,7 +120,6 @@ def scatter_kernel(
     first_token,
     num_tokens,
     skip_tokens,
-    num_chunks,
     num_pages,
     chunk_tokens: tl.constexpr,
     num_layers: tl.constexpr,
@@ -145,47 +140,45 @@ def scatter_kernel(
     scale: tl.constexpr,
     largest: tl.constexpr,
 ):
-    """Copy the wanted tokens of chunks to rows of paged blocks; tiles: chunk, then (layer, tile, head).
+    """Copy the wanted tokens of staged chunks to rows of paged blocks; programs: (layer, tile, head), chunk.
 
     Unless `half` is 0, a unit is a number, and those that the model rotates are turned by the angles of `table`.
-    If there are pages, they are digested as well, by the programs for which no tile of their chunk is left.
+    Further programs, if there are any, digest the chunks' pages.
     """
     num_copies: tl.constexpr = num_layers * num_heads * ((chunk_tokens * row_units + tile - 1) // tile)
-    per_chunk = num_copies + (num_pages + pages_a_program - 1) // pages_a_program
-    for work in range(tl.program_id(0), num_chunks * per_chunk, tl.num_programs(0)):
-        chunk, number = work // per_chunk, work % per_chunk
-        if number >= num_copies:
-            digest_some(sources, page_bytes, digests, num_pages, number - num_copies, chunk, pages_a_program)
-        else:
-            scatter_tile(
-                layer_ptrs,
-                blocks,
-                sources,
-                unit_offsets,
-                table,
-                first_token,
-                num_tokens,
-                skip_tokens,
-                number,
-                chunk,
-                chunk_tokens,
-                num_layers,
-                num_heads,
-                row_units,
-                tile,
-                unit,
-                align_bytes,
-                block_tokens,
-                block_stride,
-                head_stride,
-                token_stride,
-                first_dim,
-                half,
-                is_interleaved,
-                up,
-                scale,
-                largest,
-            )
+    program, chunk = tl.program_id(0), tl.program_id(1)
+    if program >= num_copies:
+        digest_some(sources, page_bytes, digests, num_pages, program - num_copies, chunk, pages_a_program)
+    else:
+        scatter_tile(
+            layer_ptrs,
+            blocks,
+            sources,
+            unit_offsets,
+            table,
+            first_token,
+            num_tokens,
+            skip_tokens,
+            program,
+            chunk,
+            chunk_tokens,
+            num_layers,
+            num_heads,
+            row_units,
+            tile,
+            unit,
+            align_bytes,
+            block_tokens,
+            block_stride,
+            head_stride,
+            token_stride,
+            first_dim,
+            half,
+            is_interleaved,
+            up,
+            scale,
+            largest,
+        )
 
 
 @triton.jit
@@ -198,7 +191,7 @@ def scatter_tile(
     first_token,
     num_tokens,
     skip_tokens,
-    number,
+    program,
     chunk,
     chunk_tokens: tl.constexpr,
     num_layers: tl.constexpr,
@@ -218,18 +211,18 @@ def scatter_tile(
     scale: tl.constexpr,
     largest: tl.constexpr,
 ):
-    """Copy tile `number` of a chunk."""
+    """Copy what one program copies."""
     num_tiles: tl.constexpr = (chunk_tokens * row_units + tile - 1) // tile
-    head, layer = number % num_heads, number // num_heads // num_tiles
-    index = (number // num_heads % num_tiles) * tile + tl.arange(0, tile)
-    token = chunk * chunk_tokens + index // row_units - skip_tokens  # counted from the first wanted token
-    is_wanted = (index < chunk_tokens * row_units) & (token >= 0) & (token < num_tokens)
+    head, layer = program % num_heads, program // num_heads // num_tiles
+    index = (program // num_heads % num_tiles) * tile + tl.arange(0, tile)
+    number = chunk * chunk_tokens + index // row_units - skip_tokens  # counted from the first wanted token
+    is_wanted = (index < chunk_tokens * row_units) & (number >= 0) & (number < num_tokens)
     rows = paged_units(
         layer_ptrs,
         blocks,
         layer,
         head,
-        first_token + token,
+        first_token + number,
         index % row_units,
         is_wanted,
         unit,

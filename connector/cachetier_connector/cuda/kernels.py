@@ -104,7 +104,6 @@ def scatter(
     stream: int | None = None,
     rotation: Rotation | None = None,
     digests: Digests | None = None,
-    num_programs: int | None = None,
 ) -> None:
     """Copy tokens of consecutive chunks into paged blocks. No byte of any other slot is touched.
 
@@ -122,7 +121,6 @@ def scatter(
         stream: the driver's handle; the current stream without it.
         rotation: turn K by the same angles for all tokens.
         digests: do also what `digest_pages` does, at the same time.
-        num_programs: how many programs share the work; without it, as many as there are tiles.
     """
     num_chunks = -(-(skip_tokens + num_tokens) // chunk_tokens)
     if rotation is None:
@@ -139,7 +137,7 @@ def scatter(
         num_pages = target.shape[1]
         num_tiles += -(-num_pages // pages_a_program)
     launch(
-        (num_programs or num_tiles * num_chunks, 1, 1),
+        (num_tiles, num_chunks, 1),
         layers.layer_ptrs,
         blocks,
         sources,
@@ -150,7 +148,6 @@ def scatter(
         first_token,
         num_tokens,
         skip_tokens,
-        num_chunks,
         num_pages,
         stream=stream,
     )

@@ -10,11 +10,6 @@ the kernel scattered it or after, and what is digested then is not what the chec
 wrong, not back. Hence two kernels there: scatter, then digest. Chunks that the match wants in the worker's own pool are
 copied there out of the slot; a frame counts as filled once the slot's digests were found good.
 
-Chunks in registered host memory, of which whole chunks are wanted, are not staged either: a few programs of a kernel
-read them over the bus and scatter them, 16 chunks and more at once, which costs the host two launches where staging
-costs it ten calls, each under the interpreter's lock that the engine's main thread needs. What is digested then is what
-stands in the paged blocks. The bus is 7% slower that way than with the copy engine.
-
 Chunks that the match names in segment files are read from there into the slot. This thread waits for these reads, and
 where one fails the load ends before that chunk.
 """
@@ -22,7 +17,6 @@ where one fails the load ends before that chunk.
 import logging
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -36,20 +30,16 @@ from cachetier_connector.copy_base import LoadRun
 from cachetier_connector.cuda.device import Device
 from cachetier_connector.cuda.device_plan import DevicePlan
 from cachetier_connector.cuda.direct_reads import DirectReader, FileFrames, FileRead
-from cachetier_connector.cuda.kernels import Digests, Rotation, digest_paged, digest_pages, scatter
+from cachetier_connector.cuda.kernels import Digests, Rotation, digest_pages, scatter
 from cachetier_connector.cuda.pool import DevicePools, PoolReads
 from cachetier_connector.cuda.stage_plan import ArenaMemory, StagePlan
 from cachetier_connector.cuda.staging import Lane, Turns, Use
 from cachetier_connector.plan import ChunkSource, LoadOp
 
-PAGES_MAX = 1 << 16  # of chunks that are not staged, 256 MiB of them, that one use may digest; they take no slot
-# That read host memory: the fewest that come near the bus's rate beside the engine's kernels, which they hardly slow
-# down (H200, beside GEMMs: 8 read 31 GB/s and 16 43, GEMMs were 0 and 6% slower; the copy engine 55, 10% slower).
-LOAD_PROGRAMS = 16
+PAGES_MAX = 1 << 16  # of chunks in pools, 256 MiB of them, that one use may digest; they take no slot
 
 # The plans, one a part, by number of the tiling in the load and whether the chunks are staged.
 PlansOf = Callable[[int, bool], Sequence[DevicePlan]]
-Enqueue = Callable[[DevicePlan, Sequence[ChunkSource]], None]
 
 ANY_FILE = ArenaMemory(0, 1 << 62)  # "addresses" in it are offsets in the file
 
@@ -104,14 +94,14 @@ class StagedLoad(LoadRun):
     def push(self, group: Sequence[ChunkSource]) -> None:
         assert self._error is None, "pushed after a failure"
         try:
-            kinds = [self._kind(self._num_pushed + number, chunk) for number, chunk in enumerate(group)]
-            for (tiling, enqueue, is_staged), pairs in groupby(zip(kinds, group, strict=True), key=itemgetter(0)):
+            for (tiling, is_staged, segment), chunks in groupby(group, key=self._kind):
                 plans = self._plans_of(tiling, is_staged)
                 if is_staged:
                     at_once = min(self._lane.slot_bytes // each.plan.stage_bytes for each in plans)
+                    self._push(plans, list(chunks), at_once, self._stage_from_file if segment else self._stage)
                 else:
                     at_once = min(PAGES_MAX // len(each.plan.page_bytes) for each in plans)
-                self._push(plans, [chunk for _, chunk in pairs], at_once, enqueue)
+                    self._push(plans, list(chunks), at_once, self._read)
         except BaseException as error:
             self._error = error
             raise
@@ -140,49 +130,25 @@ class StagedLoad(LoadRun):
     def filled(self) -> list[int]:
         return self._filled
 
-    def _kind(self, number: int, chunk: ChunkSource) -> tuple[int, Enqueue, bool]:
-        """Return what must be the same of chunks that are pushed together: tiling, way, and whether it is staged."""
-        tiling = chunk.tiling
-        if chunk.segment:
-            return tiling, self._stage_from_file, True
-        if POOL_NONE < chunk.pool < POOL_FILL and self._is_in_reach(chunk):
-            return tiling, self._read, False
-        if self._is_registered(number, chunk):
-            return tiling, self._pull, False
-        return tiling, self._stage, True
+    def _kind(self, chunk: ChunkSource) -> tuple[int, bool, bool]:
+        """Return what must be the same of chunks that are pushed together."""
+        return chunk.tiling, self._is_staged(chunk), chunk.segment > 0
 
-    def _is_in_reach(self, chunk: ChunkSource) -> bool:
-        """Tell whether a chunk can be used where it lies in its pool."""
-        return all(
-            len(plan.page_bytes) <= PAGES_MAX
-            and self._reads.address(chunk.pool - 1, plan.ranges[0].of_object) is not None
+    def _is_staged(self, chunk: ChunkSource) -> bool:
+        """Tell whether a chunk has to come through staging memory: it is in no pool, or in one out of reach."""
+        if not POOL_NONE < chunk.pool < POOL_FILL:
+            return True
+        return any(
+            len(plan.page_bytes) > PAGES_MAX or self._reads.address(chunk.pool - 1, plan.ranges[0].of_object) is None
             for plan, *_ in self._plans_of(chunk.tiling, False)
         )
-
-    def _is_registered(self, number: int, chunk: ChunkSource) -> bool:
-        """Tell whether all of a chunk, `number` of the load's, is wanted as it stands, from memory kernels can read."""
-        load, start = self._load, (self._load.first_chunk + number) * self._load.chunk_tokens
-        is_whole = load.start <= start and start + load.chunk_tokens <= load.end
-        if load.shift or chunk.pool == POOL_FILL or not is_whole:
-            return False
-        return all(
-            each.is_exact
-            and len(each.plan.page_bytes) <= PAGES_MAX
-            and self._device.is_registered(*self._source(each.plan, chunk))
-            for each in self._plans_of(chunk.tiling, False)
-        )
-
-    def _source(self, plan: StagePlan, chunk: ChunkSource) -> tuple[int, int]:
-        """Return address and size of what a plan for one object wants of a chunk. Raises ValueError."""
-        [(address, _, length_bytes)] = plan.copies(chunk.frames, self._memory, 0)
-        return address, length_bytes
 
     def _push(
         self,
         plans: Sequence[DevicePlan],
         chunks: Sequence[ChunkSource],
         at_once: int,
-        enqueue: Enqueue,
+        enqueue: Callable[[DevicePlan, Sequence[ChunkSource]], None],
     ) -> None:
         if self._blocks is None:
             self._start()
@@ -202,19 +168,20 @@ class StagedLoad(LoadRun):
 
     def _start(self) -> None:
         """Enqueue what goes before all the rest. Another load's kernels must not wait for this one's blocks."""
-        if not self._turns.is_alone:
-            self._fence.synchronize()
+        lane, fence = self._lane, self._fence
+        if fence is not None and not self._turns.is_alone:
+            fence.synchronize()
         numbers, load = self._load.block_ids, self._load
         if load.shift:
             assert self._keys is not None, "chunks are only shifted once it is known how keys are rotated"
             numbers = [*numbers, *_packed(torch.cat(cos_sin(load.shift, self._keys.rotary)))]
         with self._turns:
-            if not self._fence.has_passed():
-                self._lane.copies.wait_event(self._fence)
-            self._blocks = self._device.upload(numbers, self._lane.copies)
-            ready = self._device.new_event()
-            ready.record(self._lane.copies)
-            self._lane.kernels.wait_event(ready)
+            self._blocks = self._device.upload(numbers, lane.copies)
+            uploaded = self._device.new_event()
+            uploaded.record(lane.copies)
+            lane.kernels.wait_event(uploaded)
+            if fence is not None and not fence.has_passed():
+                lane.kernels.wait_event(fence)
 
     def _stage(self, each: DevicePlan, batch: Sequence[ChunkSource]) -> None:
         """Enqueue all that one slot's content takes."""
@@ -262,27 +229,6 @@ class StagedLoad(LoadRun):
         use = self._turns.begin()
         use.upload = self._device.upload(starts, lane.kernels)
         self._device.launch(lane.kernels, self._kernels(each, len(batch), use, use.upload.tensor, is_staged=False))
-        self._end(each, batch, use)
-
-    def _pull(self, each: DevicePlan, batch: Sequence[ChunkSource]) -> None:
-        """Enqueue what it takes to read chunks where they lie in host memory."""
-        lane, use, blocks = self._lane, self._turns.begin(), self._blocks.tensor
-        use.upload = self._device.upload([self._source(each.plan, chunk)[0] for chunk in batch], lane.copies)
-        sources, chunk_tokens = use.upload.tensor, self._load.chunk_tokens
-        start = (self._load.first_chunk + self._num_pushed) * chunk_tokens
-        digests = Digests(each.page_bytes, use.digests(len(batch), len(each.plan.page_bytes)))
-
-        def read(stream: int | None) -> None:
-            where = (start, len(batch) * chunk_tokens, 0, chunk_tokens)
-            scatter(each.layers, blocks, *where, sources, each.unit_offsets, stream, num_programs=LOAD_PROGRAMS)
-
-        def digest(stream: int | None) -> None:
-            digest_paged(each.layers, blocks, start, chunk_tokens, digests, stream)
-
-        self._device.launch(lane.copies, read)
-        use.middle.record(lane.copies)
-        lane.kernels.wait_event(use.middle)
-        self._device.launch(lane.kernels, digest)
         self._end(each, batch, use)
 
     def _fill(self, plan: StagePlan, chunk: ChunkSource, staged: int, number: int) -> None:

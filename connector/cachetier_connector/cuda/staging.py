@@ -83,7 +83,7 @@ class Lane:
         """Take over `memory`, uint8 on the device; a use may digest a slot's pages, or `num_pages` if it is more."""
         self._device, self._memory, self._start = device, memory, memory.data_ptr()
         self._lock = threading.Lock()
-        self.copies: Stream = device.new_stream(is_urgent=is_urgent)
+        self.copies: Stream = device.new_stream(is_urgent=False)
         self.kernels: Stream = device.new_stream(is_urgent=is_urgent)
         self.slot_bytes = memory.numel() // NUM_SLOTS // PAGE_BYTES * PAGE_BYTES
         digests = device.empty_host(NUM_AHEAD, max(self.slot_bytes // PAGE_BYTES, num_pages))

@@ -215,7 +215,6 @@ def check_scatter(case: Case, device: torch.device, turn: Turn | None = None) ->
         numbers_on(device, unit_offsets),
         rotation=turn and Rotation(turn.rotary, turn.dtype, torch.cat(cos_sin(turn.shift, turn.rotary)).to(device)),
         digests=Digests(numbers_on(device, page_bytes, torch.int32), target) if is_digested else None,
-        num_programs=programs_of(case),
     )
     expected.write(
         source if turn is None else rotate(source.view(turn.dtype), turn.shift, turn.rotary).view(torch.uint8)

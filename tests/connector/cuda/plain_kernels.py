@@ -46,7 +46,6 @@ def scatter(
     stream=None,
     rotation=None,
     digests=None,
-    num_programs=None,
 ):
     if digests is not None:
         digest_pages(sources, digests)
