@@ -56,7 +56,11 @@ class _Queued:
 
 
 class Storer:
-    """Carries out `StoreOp`s on a thread of its own."""
+    """Carries out `StoreOp`s on a thread of its own.
+
+    Attributes:
+        is_serving: the engine has begun to serve, so it may be measured how to read from disk; set from outside.
+    """
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class Storer:
         self._let_go = threading.Condition(self._lock)
         self._staged_bytes = self._dropped = 0
         self._queued: set[_Queued] = set()
+        self.is_serving = False
         self._pools = PoolKeeper(engine, link, tiling, shard)
         self._direct = DirectKeeper(engine, link, num_workers)
         self._filling: _Queued | None = None
@@ -173,7 +178,8 @@ class Storer:
                 if self._link.probe():
                     self._map_arena()
                     self._pools.tend()
-                    self._direct.tend()
+                    if self.is_serving:
+                        self._direct.tend()
                 job()
             except Exception:
                 log.exception("cachetier: a job of the storer failed")

@@ -86,6 +86,7 @@ class WorkerHalf:
     def before_forward(self, plan: StepPlan) -> None:
         """Take from blocks that the coming forward pass may overwrite, and see that nobody reads those of others."""
         self._socket_path = plan.socket_path or self._socket_path
+        self._storer.is_serving = True
         self._is_idle = not plan.step
         self._store(plan.stores_before)
         if plan.preempted:  # after the stores: they may be of requests that were preempted before they ended

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import threading
 from types import SimpleNamespace
 
 import msgspec
@@ -69,6 +70,23 @@ def test_stores_of_a_request_that_was_preempted_before_it_ended_are_cancelled(se
     assert reads == ([] if is_preempted else ["read", "read"])
     worker.stop()
     link.close()
+
+
+def test_reading_from_disk_is_not_measured_before_the_engine_serves(server, keeps_blocks, monkeypatch):
+    """It would load and be measured beside whatever else an engine does when it starts."""
+    measured = []
+    monkeypatch.setattr(LazyCopyEngine, "measure_direct", lambda self, folder: measured.append(folder) or 0.0)
+    worker = worker_of(server.socket_path, num_tp=1, rank=0)
+    done = threading.Event()
+    for _ in range(3):  # each job is behind a look at what is due
+        worker._storer._jobs.put(lambda: None)
+    worker._storer._jobs.put(done.set)
+    assert done.wait(TIMEOUT_S)
+    assert worker._storer._link.is_up
+    assert measured == []
+    worker.before_forward(StepPlan(step=1, finished=["r"]))
+    assert eventually(lambda: measured)
+    worker.stop()
 
 
 def test_loads_wait_for_passes_of_the_blender_and_not_for_those_of_the_engine(server, keeps_blocks, monkeypatch):

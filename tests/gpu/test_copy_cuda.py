@@ -13,6 +13,7 @@ from cachetier.core.checksum import object_checksum
 from cachetier.core.layout import PAGE_BYTES, frame_bytes
 from cachetier_connector.cuda import staged_store, transfers
 from cachetier_connector.cuda.copy_cuda import CudaCopyEngine
+from cachetier_connector.cuda.device import CudaDevice
 from cachetier_connector.plan import ChunkSource
 from tests.connector.cuda.copy_cases import (
     CHUNK,
@@ -216,3 +217,33 @@ def test_an_error_of_the_driver_is_raised_where_it_happens_and_does_not_linger(r
     torch.cuda.synchronize()
     round_trip(rank, big_tier, 5)
     rank.engine._device.unregister(big_tier.view.address)
+
+
+def test_threads_of_ours_do_what_they_have_to_while_a_graph_is_captured(device, big_tier):
+    """vLLM captures when the connector is already up, and one call of another thread may be the end of it."""
+    driver, stream, errors = CudaDevice(device), torch.cuda.Stream(device), []
+    graph, numbers = torch.cuda.CUDAGraph(), torch.ones(1 << 10, device=device)
+
+    def work() -> None:
+        try:
+            driver.bind_thread()
+            driver.register(big_tier.view.address, 1 << 20)
+            driver.empty_host(1 << 10)
+            driver.free(driver.allocate(1 << 20))
+            driver.upload([1, 2, 3], driver.new_stream(is_urgent=True))
+            driver.unregister(big_tier.view.address)
+        except BaseException as error:
+            errors.append(error)
+
+    with torch.cuda.stream(stream):
+        numbers + 1  # what is slow once
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            numbers.add_(1)
+    assert errors == []
+    graph.replay()
+    torch.cuda.synchronize()
+    assert numbers.eq(2).all()

@@ -10,6 +10,7 @@ be copied or page-locked, lets go of the lock.
 """
 
 import ctypes
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -22,6 +23,7 @@ _IPC_LAZY_PEER_ACCESS = 1
 _MEMORY_HOST, _MEMORY_DEVICE = 1, 2
 _STREAM_NON_BLOCKING = 1  # beside the default stream
 _EVENT_BLOCKING_SYNC, _EVENT_DISABLE_TIMING = 1, 2  # who waits sleeps, instead of spinning
+_CAPTURE_RELAXED = 2
 _NOT_READY = 600
 
 
@@ -64,6 +66,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuDeviceGet": [ctypes.c_void_p, ctypes.c_int],
     "cuDevicePrimaryCtxRetain": [ctypes.c_void_p, ctypes.c_int],
     "cuCtxSetCurrent": [ctypes.c_void_p],
+    "cuThreadExchangeStreamCaptureMode": [ctypes.c_void_p],
     "cuMemHostRegister_v2": [_POINTER, _SIZE, ctypes.c_uint],
     "cuMemHostUnregister": [_POINTER],
     "cuMemcpyHtoDAsync_v2": [_POINTER, _POINTER, _SIZE, _STREAM],
@@ -138,8 +141,16 @@ class Driver:
         self._context = context
 
     def bind_thread(self) -> None:
-        """Make the device's primary context, which is torch's too, the calling thread's."""
+        """Make the device's primary context, which is torch's too, the calling thread's.
+
+        Any thread but the main one may then allocate and register memory while the main one captures a CUDA graph;
+        otherwise the capture fails, and vLLM with it. What a thread of ours does is never a part of a graph.
+        """
         _check("cuCtxSetCurrent", self._long.cuCtxSetCurrent(self._context))
+        if threading.current_thread() is not threading.main_thread():
+            mode = ctypes.c_int(_CAPTURE_RELAXED)
+            code = self._short.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+            _check("cuThreadExchangeStreamCaptureMode", code)
 
     def register(self, address: int, length_bytes: int) -> None:
         """Page-lock host memory for all contexts; copies from and to it become asynchronous and fast."""
