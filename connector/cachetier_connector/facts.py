@@ -189,6 +189,12 @@ def _is_mla(spec: Any) -> bool:
 
 
 def _refuse_unsupported(vllm_config: "VllmConfig", spec: Any) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if not hasattr(Scheduler, "_drain_deferred_frees"):  # see `CopyEngine.fence`
+        raise ConfigError(
+            "cachetier needs vLLM 0.26 or later: this one gives loads blocks that a step under way may still write to"
+        )
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     reasons = {
         "context parallelism spreads the tokens of a block over ranks": parallel.decode_context_parallel_size > 1

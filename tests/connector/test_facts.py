@@ -1,10 +1,12 @@
 """What is read from vLLM's configuration: what is refused, and what makes another namespace."""
 
 import dataclasses
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from cachetier.core.errors import ConfigError
 from cachetier.core.keys import namespace_of
@@ -361,3 +363,12 @@ def test_adapters_and_inputs_are_read_from_vllms_own_types():
 def test_the_facts_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         read_facts(vllm_config(), kv_cache_config()).block_tokens = 1
+
+
+def test_a_vllm_whose_loads_may_meet_a_step_under_way_is_refused(monkeypatch):
+    """The installed one is none; its condition is what `CopyEngine.fence` relies on."""
+    read_facts(vllm_config(), kv_cache_config())
+    assert "multiple_inflight_batches and kv_transfer_config.is_kv_consumer" in inspect.getsource(Scheduler.__init__)
+    monkeypatch.delattr(Scheduler, "_drain_deferred_frees")
+    with pytest.raises(ConfigError, match=r"needs vLLM 0\.26"):
+        read_facts(vllm_config(), kv_cache_config())
