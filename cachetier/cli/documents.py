@@ -5,6 +5,7 @@ import json
 import time
 from typing import Any
 
+from cachetier.cli.table import as_table
 from cachetier.client.client import Client
 from cachetier.core.config import ServerConfig
 from cachetier.core.document_messages import DocumentInfo, ListDocuments, RemoveDocument
@@ -76,19 +77,10 @@ def as_text(documents: list[DocumentInfo]) -> str:
     """Return the table for people."""
     if not documents:
         return "no documents are registered; `cachetier warm --document` registers some"
-    rows = [COLUMNS, *(_row(document) for document in documents)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(_aligned(row, widths)).rstrip() for row in rows)
+    return as_table([COLUMNS, *map(_row, documents)], NUM_TEXT_COLUMNS)
 
 
 def _row(document: DocumentInfo) -> tuple[str, ...]:
     counts = (document.num_tokens, document.num_chunks, document.host_chunks, document.disk_chunks)
     registered = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(document.registered_at_s))
     return (document.document, document.model or "?", *(f"{count:,}" for count in counts), registered)
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    return [
-        text.ljust(width) if column < NUM_TEXT_COLUMNS else text.rjust(width)
-        for column, (text, width) in enumerate(zip(row, widths, strict=True))
-    ]

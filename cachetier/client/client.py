@@ -18,6 +18,14 @@ from cachetier.core.document_messages import (
     SyncDocuments,
     SyncDocumentsReply,
 )
+from cachetier.core.engine_messages import (
+    AnnounceEngine,
+    AnnounceEngineReply,
+    ListEngines,
+    ListEnginesReply,
+    SetRole,
+    SetRoleReply,
+)
 from cachetier.core.errors import ProtocolError, UnavailableError
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
@@ -83,6 +91,12 @@ class Client:
     def call(self, message: ListDocuments, timeout_s: float) -> ListDocumentsReply: ...
     @overload
     def call(self, message: RemoveDocument, timeout_s: float) -> RemoveDocumentReply: ...
+    @overload
+    def call(self, message: AnnounceEngine, timeout_s: float) -> AnnounceEngineReply: ...
+    @overload
+    def call(self, message: ListEngines, timeout_s: float) -> ListEnginesReply: ...
+    @overload
+    def call(self, message: SetRole, timeout_s: float) -> SetRoleReply: ...
     @overload
     def call(
         self, message: Release | Invalidate | Report | ReadsDirectly | OfferPool | CommitPool, timeout_s: float

@@ -16,6 +16,14 @@ from cachetier.core.document_messages import (
     SyncDocuments,
     SyncDocumentsReply,
 )
+from cachetier.core.engine_messages import (
+    AnnounceEngine,
+    AnnounceEngineReply,
+    ListEngines,
+    ListEnginesReply,
+    SetRole,
+    SetRoleReply,
+)
 from cachetier.core.errors import ProtocolError
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
@@ -61,6 +69,9 @@ REPLY_OF: dict[type[Message], type[Message]] = {
     MatchDocuments: MatchDocumentsReply,
     ListDocuments: ListDocumentsReply,
     RemoveDocument: RemoveDocumentReply,
+    AnnounceEngine: AnnounceEngineReply,
+    ListEngines: ListEnginesReply,
+    SetRole: SetRoleReply,
 }
 
 PATH_OF: dict[type[Message], str] = {
@@ -83,6 +94,9 @@ PATH_OF: dict[type[Message], str] = {
     MatchDocuments: f"/v{API_VERSION}/documents/match",
     ListDocuments: f"/v{API_VERSION}/documents/list",
     RemoveDocument: f"/v{API_VERSION}/documents/remove",
+    AnnounceEngine: f"/v{API_VERSION}/engines/announce",
+    ListEngines: f"/v{API_VERSION}/engines/list",
+    SetRole: f"/v{API_VERSION}/engines/role",
 }
 
 M = TypeVar("M", bound=Message)

@@ -99,6 +99,7 @@ class ConnectorConfig:
     host_bytes: int = setting(4 * GIB, "private server: size of the host tier", size=True)
     disk_bytes: int = setting(16 * GIB, "private server: size limit of the disk tier", size=True)
     chunk_tokens: int = setting(64, "private server: tokens a chunk")
+    name: str = setting("", "how the engine is called in `cachetier engines` (default: host and process id)")
     match_deadline_ms: float = setting(
         200.0,
         "how long a request may wait for the answer to its match, four times as long if others are answered first",

@@ -22,6 +22,7 @@ from cachetier.core.document_messages import (
     RemoveDocument,
     SyncDocuments,
 )
+from cachetier.core.engine_messages import AnnounceEngine, ListEngines, SetRole
 from cachetier.core.errors import ProtocolError
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
@@ -90,6 +91,9 @@ class Service:
             MatchDocuments: store.documents.match,
             ListDocuments: store.documents.listing,
             RemoveDocument: store.documents.remove,
+            AnnounceEngine: store.engines.announce,
+            ListEngines: store.engines.listing,
+            SetRole: store.engines.set_role,
         }
         for kind, path in PATH_OF.items():
             app.router.add_post(path, self._message_handler(kind, calls[kind]))

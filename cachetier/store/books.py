@@ -18,6 +18,7 @@ from cachetier.storage.disk import DiskTier
 from cachetier.store.direct import DirectReaders
 from cachetier.store.disk_pins import DiskPins
 from cachetier.store.document_table import DocumentTable
+from cachetier.store.engine_table import EngineTable
 from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.host import HostTable
 from cachetier.store.leases import LeaseTable
@@ -53,6 +54,7 @@ class Books:
     lock: threading.Lock = field(default_factory=threading.Lock)
     disk_pins: DiskPins = field(default_factory=DiskPins)
     direct: DirectReaders = field(default_factory=DirectReaders)
+    engines: EngineTable = field(default_factory=EngineTable)
     counters: Counters = field(default_factory=Counters)
     tokens: TokenCounts = field(default_factory=TokenCounts)
     requests: RequestCounts = field(default_factory=RequestCounts)

@@ -48,6 +48,7 @@ from cachetier.store.direct import DirectChunk
 from cachetier.store.disk_pins import DiskPins
 from cachetier.store.document_table import DocumentTable
 from cachetier.store.documents import Documents
+from cachetier.store.engines import Engines
 from cachetier.store.flush import Flusher
 from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.host import HostTable
@@ -78,7 +79,7 @@ class Store:
 
     Attributes:
         data_dir: the data directory.
-        documents: answers the messages about documents.
+        documents, engines: answer the messages about them.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Store:
         self._matcher = Matcher(books, self._flusher, self._promoter)
         self._storer = Storer(books, self._flusher, config.lease_ttl_s)
         self.documents = Documents(books, self._matcher, self._flusher, file)
+        self.engines = Engines(books)
 
     @property
     def instance(self) -> str:
@@ -169,6 +171,7 @@ class Store:
         with self._books.lock:
             self._books.gpu.end_session(session)
             self._books.direct.end_session(session)
+            self._books.engines.end_session(session)
             self._end_dead(self._books.leases.close_session(session))
 
     def register_namespace(self, message: RegisterNamespace) -> RegisterNamespaceReply:
@@ -328,6 +331,7 @@ class Store:
             self._storer.expire(now)
             self._books.gpu.expire(now, self._books.leases.is_open)
             self._books.direct.expire(self._books.leases.is_open)
+            self._books.engines.expire(self._books.leases.is_open)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Block until everything committed before the call is durable, or was refused by the disk tier.

@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from cachetier.client import ServerHandle, ensure_server
 from cachetier.core.config import ConnectorConfig
 from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST
-from cachetier_connector.facts import read_facts, read_identity, recompute_failed_loads
+from cachetier_connector.facts import let_any_role, read_facts, read_identity, recompute_failed_loads
 from cachetier_connector.plan import StepPlan, Verdict
 from cachetier_connector.scheduler_half import SchedulerHalf
 from cachetier_connector.worker_half import WorkerHalf
@@ -130,6 +130,7 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
         recompute_failed_loads(vllm_config)
         if role == KVConnectorRole.SCHEDULER:
             identity = read_identity(vllm_config, kv_cache_config, self._facts)
+            let_any_role(vllm_config)
             self._scheduler = SchedulerHalf(self._facts, identity, self._private_server.find_socket)
 
     # Scheduler half.

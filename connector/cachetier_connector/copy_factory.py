@@ -30,7 +30,7 @@ def make_copy_engine(
         from cachetier_connector.cuda.copy_cuda import CudaCopyEngine
 
         config = facts.config
-        pool_bytes = config.gpu_bytes if has_pool and facts.loads else 0
+        pool_bytes = config.gpu_bytes if has_pool else 0
         staging_bytes = config.device_staging_bytes
         return CudaCopyEngine(caches, facts.layout, shard, staging_bytes=staging_bytes, pool_bytes=pool_bytes)
     if device != "cpu":

@@ -6,11 +6,14 @@ Runs once, when the connector is made. Written against vLLM 0.26 to 0.33.
 import dataclasses
 import json
 import logging
+import os
 import secrets
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cachetier.core.config import ConnectorConfig, from_mapping
+from cachetier.core.engine_messages import BOTH, CONSUMER, PRODUCER
 from cachetier.core.errors import ConfigError
 from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout, Shard
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
+ROLE_OF = {"kv_producer": PRODUCER, "kv_consumer": CONSUMER, "kv_both": BOTH}
+
 log = logging.getLogger(__name__)
 
 
@@ -32,28 +37,35 @@ class EngineFacts:
     Attributes:
         engine: id that all its processes share.
         config: the connector's settings.
-        loads, stores: what its role lets it do.
+        name: what it is called.
+        role: what it does, one of `ROLES`.
         block_tokens: tokens a block.
         layout: shape of its KV cache group over the whole model.
         tiling: how it cuts a chunk into shards.
         device: type of the device that its KV caches lie on.
-        num_workers: ranks of the engine.
+        tensor_parallel, pipeline_parallel: ranks of a stage, and stages.
         pass_tokens_max, pass_runs_max: most tokens, and most sequences, of one forward pass.
         blend_refusal: why prompts cannot be blended; empty: nothing in the configuration speaks against it.
     """
 
     engine: str
     config: ConnectorConfig
-    loads: bool
-    stores: bool
+    name: str
+    role: str
     block_tokens: int
     layout: KVLayout
     tiling: list[Shard]
     device: str
-    num_workers: int
+    tensor_parallel: int
+    pipeline_parallel: int
     pass_tokens_max: int
     pass_runs_max: int
     blend_refusal: str
+
+    @property
+    def num_workers(self) -> int:
+        """Ranks of the engine."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def keeps_blocks(self) -> bool:
@@ -79,13 +91,14 @@ def read_facts(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> E
     return EngineFacts(
         engine=str(transfer.engine_id),
         config=config,
-        loads=bool(transfer.is_kv_consumer),
-        stores=bool(transfer.is_kv_producer),
+        name=config.name or f"{socket.gethostname()}-{os.getpid()}",
+        role=ROLE_OF[transfer.kv_role],
         block_tokens=spec.block_size,
         layout=KVLayout(num_layers=num_layers, num_kv_heads=num_kv_heads, row_bytes=row_bytes),
         tiling=tiling_for(num_layers, num_kv_heads, parallel.tensor_parallel_size, layer_ranges),
         device=str(vllm_config.device_config.device_type),
-        num_workers=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
+        tensor_parallel=parallel.tensor_parallel_size,
+        pipeline_parallel=parallel.pipeline_parallel_size,
         pass_tokens_max=vllm_config.scheduler_config.max_num_batched_tokens,
         pass_runs_max=vllm_config.scheduler_config.max_num_seqs,
         blend_refusal=_blend_refusal(vllm_config, spec),
@@ -165,6 +178,14 @@ def layers_in_order(names: "list[str] | Any") -> list[str]:
 def recompute_failed_loads(vllm_config: "VllmConfig") -> None:
     """Have vLLM compute what a load did not bring. It reads this setting after it made the connector."""
     vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
+
+
+def let_any_role(vllm_config: "VllmConfig") -> None:
+    """Have vLLM treat the engine as one that loads and stores: its role may become that, see `RoleKeeper`.
+
+    Above all, its scheduler then keeps blocks that steps under way touch from loads. It reads this later.
+    """
+    vllm_config.kv_transfer_config.kv_role = "kv_both"
 
 
 def _the_spec(kv_cache_config: "KVCacheConfig") -> Any:

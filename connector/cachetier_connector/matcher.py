@@ -45,6 +45,7 @@ class Matcher:
         max_blocking_s: float,
         *,
         reads_pools: bool = False,
+        chore: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the thread.
 
@@ -54,9 +55,10 @@ class Matcher:
             layout: of its KV cache group.
             max_blocking_s: how long a match may take before the server counts as dead.
             reads_pools: whether the engine can use copies in device memory.
+            chore: what else is to be done on the thread, called after every job and every `IDLE_S` at least.
         """
         self._link, self._identity, self._layout = link, identity, layout
-        self._max_blocking_s, self._reads_pools = max_blocking_s, reads_pools
+        self._max_blocking_s, self._reads_pools, self._chore = max_blocking_s, reads_pools, chore
         self._release_s = max(RELEASE_TIMEOUT_S, max_blocking_s)
         self._documents = Documents(link, max_blocking_s, reads_pools=reads_pools)
         self._jobs: queue.Queue[Callable[[], object]] = queue.Queue(MAX_JOBS)
@@ -192,6 +194,7 @@ class Matcher:
                 if now >= next_renewal_s and self._link.server:
                     next_renewal_s = now + self._link.server.lease_ttl_s / 3
                     self._renew()
+                self._chore()
             except Exception:
                 log.exception("cachetier: a job of the matcher failed")
         self._link.close()

@@ -27,6 +27,7 @@ from cachetier_connector.matcher import Matcher
 from cachetier_connector.plan import StepPlan, StoreOp, Verdict, first_failed_token, loadable_end, tokens_to_bytes
 from cachetier_connector.prefill_rate import work_of
 from cachetier_connector.requests import MatchTicket, TrackedRequest
+from cachetier_connector.role_keeper import RoleKeeper
 from cachetier_connector.wishes import wishes_of
 
 if TYPE_CHECKING:
@@ -65,12 +66,14 @@ class SchedulerHalf:
 
         self._link = ServerLink("scheduler", facts.engine, find_and_remember)
         self._connect()
+        self._role = RoleKeeper(self._link, facts, identity)
         self._matcher = Matcher(
             self._link,
             identity,
             facts.layout,
             facts.config.match_deadline_ms / 1000,
             reads_pools=facts.device == "cuda",
+            chore=self._role.tend,
         )
 
     def _connect(self) -> None:
@@ -88,12 +91,12 @@ class SchedulerHalf:
         wishes = wishes_of(request.kv_transfer_params)
         if wishes.complaint:
             log.warning("cachetier: request %s: %s", request.request_id, wishes.complaint)
-        may_load = wishes.load and self._facts.loads and may_read(request)
+        may_load = wishes.load and self._role.loads and may_read(request)
         tracked = TrackedRequest(
             request=request,
             wishes=wishes,
             may_load=may_load,
-            may_store=wishes.store and self._facts.stores,
+            may_store=wishes.store and self._role.stores,
             may_blend=may_load and self._blends.wants(request, wishes),
         )
         if tracked.may_load or tracked.may_store:

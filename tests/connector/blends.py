@@ -17,13 +17,14 @@ def facts_of(*, blend: str = "request", **changes) -> EngineFacts:
     config = ConnectorConfig(server="unix:/nowhere", blend=blend, **changes.pop("settings", {}))
     fields = {
         "engine": "e",
-        "loads": True,
-        "stores": True,
+        "name": "engine",
+        "role": "both",
         "block_tokens": BLOCK,
         "layout": LAYOUT,
         "tiling": [Shard(0, 2, 0, 2)],
         "device": "cpu",
-        "num_workers": 1,
+        "tensor_parallel": 1,
+        "pipeline_parallel": 1,
         "pass_tokens_max": 1024,
         "pass_runs_max": 16,
         "blend_refusal": "",

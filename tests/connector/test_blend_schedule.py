@@ -176,7 +176,7 @@ class TestExactness:
 class TestLearning:
     @pytest.mark.parametrize("seed", range(20))
     def test_parts_of_several_ranks_may_end_in_any_order_and_in_any_steps(self, seed):
-        schedule, rng = BlendSchedule(facts_of(num_workers=3)), random.Random(seed)
+        schedule, rng = BlendSchedule(facts_of(tensor_parallel=3)), random.Random(seed)
         tracked = tracked_of("r", 700, TWO, prefix=64)
         loads = begin(schedule, tracked, exact_end=64)
         assert [load.part for load in loads] == [0, 1, 2]
@@ -196,7 +196,7 @@ class TestLearning:
         assert [op.is_last for op in ops] == [False] * (len(ops) - 1) + [True]
 
     def test_what_one_rank_could_not_load_is_computed_by_all(self):
-        schedule, tracked = BlendSchedule(facts_of(num_workers=2)), tracked_of("r", 550, TWO)
+        schedule, tracked = BlendSchedule(facts_of(tensor_parallel=2)), tracked_of("r", 550, TWO)
         begin(schedule, tracked)
         assert schedule.learn({"r": {0: [296, 104], 1: [512, 512]}}, {}) == [tracked]
         assert schedule.failed(tracked)
@@ -277,7 +277,7 @@ class TestPieces:
     )
     def test_a_run_is_computed_once_all_ranks_have_loaded_what_stands_before_it(self, max_tokens, shape, rng):
         """`shape`: how many tokens stand before each document, and how many of it are held."""
-        schedule, documents, end = BlendSchedule(facts_of(num_workers=2, pass_tokens_max=max_tokens)), [], 0
+        schedule, documents, end = BlendSchedule(facts_of(tensor_parallel=2, pass_tokens_max=max_tokens)), [], 0
         for gap, held in shape:
             documents.append((end + gap, held))
             end += gap + held

@@ -38,19 +38,17 @@ def with_transfer(config, **settings):
 def test_the_facts_of_the_test_model():
     facts = read_facts(vllm_config(), kv_cache_config())
     assert (facts.layout.num_layers, facts.layout.num_kv_heads, facts.layout.row_bytes) == (4, 4, 128)
-    assert (facts.loads, facts.stores, facts.block_tokens) == (True, True, 128)
+    assert (facts.role, facts.num_workers, facts.block_tokens) == ("both", 1, 128)
     assert facts.tiling == [Shard(0, 4, 0, 4)]
 
 
 @pytest.mark.parametrize(
-    ("role", "loads", "stores"),
-    [("kv_both", True, True), ("kv_producer", False, True), ("kv_consumer", True, False)],
+    ("kv_role", "role"), [("kv_both", "both"), ("kv_producer", "producer"), ("kv_consumer", "consumer")]
 )
-def test_the_role_decides_what_is_loaded_and_stored(role, loads, stores):
+def test_vllms_role_is_the_engines(kv_role, role):
     config = vllm_config()
-    config.kv_transfer_config.kv_role = role
-    facts = read_facts(config, kv_cache_config())
-    assert (facts.loads, facts.stores) == (loads, stores)
+    config.kv_transfer_config.kv_role = kv_role
+    assert read_facts(config, kv_cache_config()).role == role
 
 
 def test_tensor_and_pipeline_ranks_share_the_layout_and_cut_it():

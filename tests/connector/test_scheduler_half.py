@@ -9,7 +9,9 @@ import torch
 from msgspec.structs import replace
 
 from bench.gpu.profile import SCHEDULED
+from cachetier.client import Client
 from cachetier.core.config import ConnectorConfig
+from cachetier.core.engine_messages import SetRole
 from cachetier.core.layout import Shard
 from cachetier_connector import scheduler_half
 from cachetier_connector.break_even import Choice
@@ -17,25 +19,24 @@ from cachetier_connector.facts import EngineFacts
 from cachetier_connector.plan import StepPlan, tokens_to_bytes
 from cachetier_connector.scheduler_half import SchedulerHalf
 from tests.connector.engines import FakeRequest, step_of
-from tests.connector.servers import BLOCK, CHUNK, LAYOUT, Tier, eventually, identity, stats_of, tokens_of
+from tests.connector.servers import BLOCK, CHUNK, LAYOUT, TIMEOUT_S, Tier, eventually, identity, stats_of, tokens_of
 
 
 class Scheduling:
     """A scheduler half, and vLLM's part of the conversation with it."""
 
-    def __init__(
-        self, tier: Tier, name: str, *, loads: bool = True, stores: bool = True, device: str = "cpu", **settings
-    ) -> None:
+    def __init__(self, tier: Tier, name: str, *, role: str = "both", device: str = "cpu", **settings) -> None:
         facts = EngineFacts(
             engine="e",
             config=ConnectorConfig(server=f"unix:{tier.server.socket_path}", match_deadline_ms=5000, **settings),
-            loads=loads,
-            stores=stores,
+            name=name,
+            role=role,
             block_tokens=BLOCK,
             layout=LAYOUT,
             tiling=[Shard(0, 2, 0, 2)],
             device=device,
-            num_workers=1,
+            tensor_parallel=1,
+            pipeline_parallel=1,
             pass_tokens_max=1024,
             pass_runs_max=16,
             blend_refusal="",
@@ -323,11 +324,16 @@ def test_a_request_that_is_none_of_our_business_is_left_alone(tier, scheduling, 
     assert scheduling.half.build_plan(step_of()).finished == []
 
 
-@pytest.mark.parametrize(("loads", "stores"), [(True, False), (False, True)])
-def test_the_role_bounds_what_requests_do(tier, request, loads, stores):
+@pytest.mark.parametrize(("role", "loads", "stores"), [("consumer", True, False), ("producer", False, True)])
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_the_role_bounds_what_requests_do(tier, request, role, loads, stores, is_changed):
     tokens = tokens_of(15, 200)
     tier.store(tokens[: 2 * CHUNK])
-    scheduling = Scheduling(tier, request.node.name, loads=loads, stores=stores)
+    scheduling = Scheduling(tier, request.node.name, role="both" if is_changed else role)
+    if is_changed:
+        name, client = request.node.name, Client(tier.server.socket_path)
+        eventually(lambda: client.call(SetRole(name=name, role=role), TIMEOUT_S).is_known)
+        eventually(lambda: (scheduling.half._role.loads, scheduling.half._role.stores) == (loads, stores))
     asking = FakeRequest("r", tokens)
     assert scheduling.arrive(asking) == (2 * CHUNK if loads else 0)
     eventually(scheduling.half._requests["r"].ticket.done.is_set)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cachetier.core import messages
 from cachetier.core.codec import PATH_OF, REPLY_OF, decode, encode
 from cachetier.core.document_messages import DocumentInfo, DocumentRun
+from cachetier.core.engine_messages import EngineInfo
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout, Shard
@@ -66,6 +67,7 @@ def any_message(kind: type[Message]) -> st.SearchStrategy[Message]:
 BY_TYPE[messages.MatchReply] = any_message(messages.MatchReply)
 BY_TYPE[list[DocumentRun]] = st.lists(any_message(DocumentRun), max_size=2)
 BY_TYPE[list[DocumentInfo]] = st.lists(any_message(DocumentInfo), max_size=2)
+BY_TYPE[list[EngineInfo]] = st.lists(any_message(EngineInfo), max_size=2)
 KINDS = [*REPLY_OF, *sorted(set(REPLY_OF.values()), key=lambda kind: kind.__name__)]
 
 
