@@ -16,6 +16,7 @@ from cachetier_connector.facts import (
     inputs_of,
     is_addressable,
     layers_in_order,
+    let_any_role,
     may_read,
     rank_of,
     read_facts,
@@ -49,6 +50,9 @@ def test_vllms_role_is_the_engines(kv_role, role):
     config = vllm_config()
     config.kv_transfer_config.kv_role = kv_role
     assert read_facts(config, kv_cache_config()).role == role
+    let_any_role(config)
+    assert config.kv_transfer_config.is_kv_consumer
+    assert config.kv_transfer_config.is_kv_producer
 
 
 def test_tensor_and_pipeline_ranks_share_the_layout_and_cut_it():
