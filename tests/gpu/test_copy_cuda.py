@@ -151,7 +151,8 @@ def test_a_snapshot_and_a_fence_are_ordered_against_the_engines_stream(rank, big
         assert checksums == [object_checksum(memoryview(canonical(old, WHOLE[0], number))) for number in range(4)]
         torch.cuda._sleep(200_000_000)
         write_old()
-        assert load(rank, big_tier, load_op([WHOLE], blocks, 0, 4 * CHUNK), chunks) == (4, None)
+        op, fence = load_op([WHOLE], blocks, 0, 4 * CHUNK), rank.engine.fence()
+        assert load(rank, big_tier, op, chunks, fence=fence) == (4, None)
         loaded = rank.snapshot_of_blocks()
         rank.write(kv, blocks)
         assert torch.equal(loaded, rank.snapshot_of_blocks())

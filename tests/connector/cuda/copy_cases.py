@@ -80,10 +80,14 @@ class Rank:
         """Write `kv` of the whole model to `blocks`."""
         self.writer(kv, blocks)()
 
-    def snapshot_of_blocks(self) -> torch.Tensor:
-        """Return all paged memory."""
+    def settle(self) -> None:
+        """Wait for what a test wrote, as vLLM waits for its steps before it gives their blocks to a load."""
         if self.memory.is_cuda:
             torch.cuda.synchronize()
+
+    def snapshot_of_blocks(self) -> torch.Tensor:
+        """Return all paged memory."""
+        self.settle()
         return self.memory.cpu().clone()
 
 
@@ -124,9 +128,13 @@ def load_op(tilings: Sequence[Sequence[Shard]], blocks: list[int], start: int, e
     )  # fmt: skip
 
 
-def load(rank: Rank, tier: Tier, op: LoadOp, chunks: Sequence[ChunkSource], group: int = 3) -> tuple[int, bytes | None]:
+def load(
+    rank: Rank, tier: Tier, op: LoadOp, chunks: Sequence[ChunkSource], group: int = 3, fence: Any = None
+) -> tuple[int, bytes | None]:
     """Carry a load out; return how many chunks were good, and the corrupt key."""
-    run = rank.engine.open_load(tier.view, op, rank.engine.fence())
+    if fence is None:
+        rank.settle()
+    run = rank.engine.open_load(tier.view, op, fence)
     for first in range(0, len(chunks), group):
         run.push(chunks[first : first + group])
     return run.finish(), run.corrupt_key

@@ -59,7 +59,8 @@ def pool_of(owners: Sequence[Rank], id_: int = 1) -> Pool:
 
 def carry_out(rank: Rank, tier: Tier, op: LoadOp, chunks: Sequence[ChunkSource]) -> tuple[int, bytes | None, list[int]]:
     """Carry a load out; return how many chunks were good, the corrupt key, and the frames that were filled."""
-    run = rank.engine.open_load(tier.view, op, rank.engine.fence())
+    rank.settle()
+    run = rank.engine.open_load(tier.view, op, None)
     run.push(chunks[:3])
     run.push(chunks[3:])
     return run.finish(), run.corrupt_key, run.filled

@@ -146,8 +146,9 @@ class TestOrder:
     def test_a_load_waits_for_its_fence_before_it_writes(self, host, rank, tier):
         kv, old, blocks = kv_of(3, 4 * CHUNK), kv_of(4, 4 * CHUNK), blocks_for(4 * CHUNK)
         chunks = [tier.put(kv, WHOLE, number) for number in range(4)]
-        host.engine.enqueue(lambda: rank.write(old, blocks))  # the blocks' previous owner
-        assert load(rank, tier, load_op([WHOLE], blocks, 0, 4 * CHUNK), chunks) == (4, None)
+        host.engine.enqueue(lambda: rank.write(old, blocks))  # a pass on the blocks' behalf
+        op, fence = load_op([WHOLE], blocks, 0, 4 * CHUNK), rank.engine.fence()
+        assert load(rank, tier, op, chunks, fence=fence) == (4, None)
         host.engine.synchronize()
         written = rank.snapshot_of_blocks()
         rank.write(kv, blocks)

@@ -137,7 +137,7 @@ def test_lanes_change_only_while_no_load_is_open(segments, monkeypatch):
     chunk = segments.tier.put(kv, WHOLE, 0)
     rank = Rank(partial(StagedCopyEngine, HostDevice()), "cpu", WHOLE[0], STAGING_BYTES)
     op = segments.op([WHOLE], blocks, 0, CHUNK)
-    run = rank.engine.open_load(segments.tier.view, op, rank.engine.fence())
+    run = rank.engine.open_load(segments.tier.view, op, None)
     assert not rank.engine.read_with(DirectReader(HostFile))
     run.push([chunk])
     assert run.finish() == 1

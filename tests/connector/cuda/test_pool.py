@@ -72,7 +72,7 @@ def test_a_pool_that_is_gone_is_closed_once_no_load_reads_it(make, device, tier,
     _, chunks, op = filled
     reader = pooled_rank(make, device, LAYOUT.whole(), has_pool=False)
     pools, host = reader.engine.pools, hosts[-1]
-    first, second = (reader.engine.open_load(tier.view, op, reader.engine.fence()) for _ in range(2))
+    first, second = (reader.engine.open_load(tier.view, op, None) for _ in range(2))
     first.push(chunks)
     second.push(chunks)
     assert (pools.opened(), len(host.opened)) == ([1], 1), "opened once for both"
@@ -114,7 +114,7 @@ def test_a_pool_smaller_than_a_chunk_is_not_offered(make, filled):
 
 def test_a_frame_outside_of_the_pool_fails_the_load_and_not_the_process(tier, filled):
     owner, chunks, op = filled
-    run = owner.engine.open_load(tier.view, op, owner.engine.fence())
+    run = owner.engine.open_load(tier.view, op, None)
     with pytest.raises(ValueError, match="outside of the pool"):
         run.push([chunks[0]._replace(pool=POOL_FILL, pool_frame=1 << 20)])
     assert run.finish() == 0
