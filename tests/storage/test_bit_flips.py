@@ -96,6 +96,7 @@ def test_flips_in_records_cost_exactly_the_chunk_they_hit(pristine: ServerConfig
         restore(index_path(pristine), tmp_path / "index")
 
 
+@pytest.mark.slow
 def test_flips_in_the_index_are_noticed_and_never_mislead(pristine: ServerConfig, tmp_path: Path) -> None:
     path = index_path(pristine)
     shutil.copy(path, tmp_path / "index")

@@ -207,7 +207,7 @@ def _first(reply: MatchReply, num_chunks: int) -> MatchReply:
 
 
 QUICK = settings(
-    max_examples=40, stateful_step_count=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=15, stateful_step_count=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 GpuMachine.TestCase.settings = QUICK
 TestGpuTier = GpuMachine.TestCase
