@@ -102,7 +102,8 @@ class TestInRegisteredMemory(CopyCases):
 
 
 @pytest.mark.parametrize(
-    ("slot_bytes", "is_registered"), [(2 * CHUNK_BYTES, False), (CHUNK_BYTES // 2, False), (2 * CHUNK_BYTES, True)]
+    ("slot_bytes", "is_registered"),
+    [(2 * CHUNK_BYTES, False), pytest.param(CHUNK_BYTES // 2, False, marks=pytest.mark.slow), (2 * CHUNK_BYTES, True)],
 )
 def test_with_the_real_kernels_what_was_stored_loads(real_kernels, host, make, device, tier, slot_bytes, is_registered):
     if is_registered:

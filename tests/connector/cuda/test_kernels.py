@@ -120,8 +120,15 @@ def test_digests_are_xxhashs(page_bytes, num_chunks, device):
     check_digests(page_bytes, num_chunks, device)
 
 
-@pytest.mark.parametrize("form", ["nhd", "hnd", "mla", "mixed"])
-@pytest.mark.parametrize(("dtype", "row", "chunk_tokens"), [(torch.bfloat16, 64, 40), (torch.uint8, 656, 4)])
+@pytest.mark.parametrize(
+    ("form", "dtype", "row", "chunk_tokens"),
+    [
+        ("nhd", torch.bfloat16, 64, 40),
+        ("mla", torch.uint8, 656, 4),
+        pytest.param("hnd", torch.bfloat16, 64, 40, marks=pytest.mark.slow),
+        pytest.param("mixed", torch.uint8, 656, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_digests_of_chunks_in_paged_blocks_are_xxhashs(form, dtype, row, chunk_tokens, device):
     """Stripes, pages and the end of a chunk lie across rows, layers and heads."""
     check_paged_digests(Case(form, dtype, row, 16, chunk_tokens, num_chunks=3, first_token=9), device)
