@@ -381,15 +381,11 @@ def rehearsing() -> Iterator[Callable[..., StagedCopyEngine]]:
     from tests.connector.cuda.host_device import HostDevice
 
     with (
-        mock.patch.multiple(copy_cuda, **_kernels(plain_kernels, copy_cuda)),
-        mock.patch.multiple(staged_load, **_kernels(plain_kernels, staged_load)),
-        mock.patch.multiple(staged_store, **_kernels(plain_kernels, staged_store)),
+        mock.patch.multiple(copy_cuda, **plain_kernels.of(copy_cuda)),
+        mock.patch.multiple(staged_load, **plain_kernels.of(staged_load)),
+        mock.patch.multiple(staged_store, **plain_kernels.of(staged_store)),
     ):
         yield lambda *args, **settings: StagedCopyEngine(HostDevice(), *args, **settings)
-
-
-def _kernels(plain: Any, module: Any) -> dict[str, Any]:
-    return {kernel.__name__: kernel for kernel in plain.ALL if hasattr(module, kernel.__name__)}
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ import json
 import time
 from typing import Any
 
+from cachetier.cli.server_option import add_socket, socket_of
 from cachetier.cli.table import as_table
 from cachetier.client.client import Client
-from cachetier.core.config import ServerConfig
 from cachetier.core.document_messages import DocumentInfo, ListDocuments, RemoveDocument
 
 TIMEOUT_S = 10.0
@@ -25,9 +25,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="List the documents that `cachetier warm --document` registered. A document stays registered when "
         "its KV is evicted; warm it again then.",
     )
-    parser.add_argument(
-        "--socket", metavar="PATH", help="the server's socket (default that of the default data directory)"
-    )
+    add_socket(parser)
     parser.add_argument("--json", action="store_true", help="print JSON: a list of objects")
     actions = parser.add_subparsers(metavar="[remove ID]")
     remove = actions.add_parser(
@@ -48,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UnavailableError: no server answers at the socket.
     """
-    client = Client((args.socket or ServerConfig().socket).removeprefix("unix:"))
+    client = Client(socket_of(args))
     if args.id is not None:
         removed = client.call(RemoveDocument(document=args.id), TIMEOUT_S).removed
         print(f"removed {removed} of id {args.id!r}" if removed else f"no document {args.id!r} is registered")

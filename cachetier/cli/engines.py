@@ -4,9 +4,11 @@ import argparse
 import json
 from typing import Any
 
+import msgspec
+
+from cachetier.cli.server_option import add_socket, socket_of
 from cachetier.cli.table import as_table
 from cachetier.client.client import Client
-from cachetier.core.config import ServerConfig
 from cachetier.core.engine_messages import EngineInfo, ListEngines
 
 TIMEOUT_S = 10.0
@@ -22,9 +24,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="List the engines that use the server: a producer stores, a consumer loads, the others do both. "
         "Engines with the same weights and layout share what they store. `cachetier role` changes a role.",
     )
-    parser.add_argument(
-        "--socket", metavar="PATH", help="the server's socket (default that of the default data directory)"
-    )
+    add_socket(parser)
     parser.add_argument("--json", action="store_true", help="print JSON: a list of objects")
     return parser
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UnavailableError: no server answers at the socket.
     """
-    client = Client((args.socket or ServerConfig().socket).removeprefix("unix:"))
+    client = Client(socket_of(args))
     engines = client.call(ListEngines(), TIMEOUT_S).engines
     if args.json:
         print(json.dumps([_public(engine) for engine in engines], indent=1))
@@ -47,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _public(engine: EngineInfo) -> dict[str, Any]:
-    fields = {name: getattr(engine, name) for name in engine.__struct_fields__}
-    return fields | {"namespace": engine.namespace.hex(), "silent_s": round(engine.silent_s, 3)}
+    return msgspec.structs.asdict(engine) | {"namespace": engine.namespace.hex(), "silent_s": round(engine.silent_s, 3)}
 
 
 def _row(engine: EngineInfo) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ Only the options stand here; the work is in `explain_prompt`, which is imported 
 import argparse
 from typing import Any
 
-from cachetier.core.config import ServerConfig
+from cachetier.cli.server_option import add_socket, socket_of
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -20,9 +20,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--url", required=True, metavar="http://HOST:PORT", help="the engine, for its tokenizer")
     parser.add_argument("--model", metavar="NAME", help="model to ask for (default: the only one that is served)")
-    parser.add_argument(
-        "--socket", metavar="PATH", help="the server's socket (default that of the default data directory)"
-    )
+    add_socket(parser)
     parser.add_argument("--jsonl", action="store_true", help="the file is JSONL whatever its name")
     parser.add_argument(
         "input", metavar="FILE", help="a text, or JSONL of prompts as for `cachetier warm`; - for standard input"
@@ -39,5 +37,5 @@ def run(args: argparse.Namespace) -> int:
     """
     from cachetier.cli.explain_prompt import explain
 
-    socket = (args.socket or ServerConfig().socket).removeprefix("unix:")
+    socket = socket_of(args)
     return explain(args.url, args.model, socket, args.input, is_jsonl=args.jsonl)

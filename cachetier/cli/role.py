@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
+from cachetier.cli.server_option import add_socket, socket_of
 from cachetier.client.client import Client
-from cachetier.core.config import ServerConfig
 from cachetier.core.engine_messages import ROLES, SetRole
 
 TIMEOUT_S = 10.0
@@ -22,9 +22,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("name", metavar="NAME", help="the engine, as `cachetier engines` lists it")
     parser.add_argument("role", metavar="ROLE", choices=ROLES, help=f"one of {', '.join(ROLES)}")
-    parser.add_argument(
-        "--socket", metavar="PATH", help="the server's socket (default that of the default data directory)"
-    )
+    add_socket(parser)
     return parser
 
 
@@ -34,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UnavailableError: no server answers at the socket.
     """
-    client = Client((args.socket or ServerConfig().socket).removeprefix("unix:"))
+    client = Client(socket_of(args))
     if not client.call(SetRole(name=args.name, role=args.role), TIMEOUT_S).is_known:
         print(f"there is no engine {args.name!r}; `cachetier engines` lists those that there are")
         return EXIT_NONE

@@ -5,8 +5,8 @@ import json
 import time
 from typing import Any
 
+from cachetier.cli.server_option import add_socket, socket_of
 from cachetier.client.client import Client
-from cachetier.core.config import ServerConfig
 from cachetier.core.messages import API_VERSION
 from cachetier.core.units import format_bytes
 
@@ -22,9 +22,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "stats", help="show what a running server holds and how often it was hit", description=__doc__
     )
-    parser.add_argument(
-        "--socket", metavar="PATH", help="the server's socket (default that of the default data directory)"
-    )
+    add_socket(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, one line a snapshot")
     parser.add_argument("--watch", action="store_true", help="print again every second until interrupted")
     return parser
@@ -36,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UnavailableError: no server answers at the socket.
     """
-    client = Client((args.socket or ServerConfig().socket).removeprefix("unix:"))
+    client = Client(socket_of(args))
     while True:
         stats = json.loads(client.get(f"/v{API_VERSION}/stats", TIMEOUT_S))
         if args.json:

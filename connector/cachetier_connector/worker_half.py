@@ -68,7 +68,7 @@ class WorkerHalf:
             arenas,
             staging_bytes=facts.config.staging_bytes,
             deadline_s=facts.config.store_deadline_ms / 1000,
-            num_workers=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
+            num_workers=facts.num_workers,
         )
         self._loader = Loader(
             self._engine,

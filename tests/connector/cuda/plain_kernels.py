@@ -51,8 +51,6 @@ def scatter(
         digest_pages(sources, digests)
     unit_bytes, row = chunk_tokens * layers.row_bytes, layers.row_bytes // 2
     num_chunks = -(-(skip_tokens + num_tokens) // chunk_tokens)
-    if not num_chunks:
-        return
     assert len(sources) == num_chunks
     units = [
         memory_at(source + offset, unit_bytes).view(torch.int16).view(chunk_tokens, row)
@@ -96,4 +94,7 @@ def digest_paged(layers, blocks, first_token, chunk_tokens, digests, stream=None
         row.copy_(torch.frombuffer(bytearray(page_digests(memoryview(chunk.numpy()))), dtype=torch.int64))
 
 
-ALL = (gather, scatter, digest_pages, digest_paged)
+def of(module):
+    """Return those that stand in for kernels of `module`, by name."""
+    kernels = (gather, scatter, digest_pages, digest_paged)
+    return {kernel.__name__: kernel for kernel in kernels if hasattr(module, kernel.__name__)}

@@ -44,9 +44,8 @@ def _kernels(request, monkeypatch) -> None:
     """Plain kernels, unless a test asks for those of Triton."""
     if "real_kernels" not in request.fixturenames:
         for module in (copy_cuda, staged_load, staged_store):
-            for kernel in plain_kernels.ALL:
-                if hasattr(module, kernel.__name__):
-                    monkeypatch.setattr(module, kernel.__name__, kernel)
+            for name, kernel in plain_kernels.of(module).items():
+                monkeypatch.setattr(module, name, kernel)
 
 
 @pytest.fixture
@@ -229,7 +228,7 @@ class TestRegistration:
             monkeypatch.setattr(module, "CELL_BYTES", 3 * CHUNK_BYTES + 4096)
 
     @pytest.mark.parametrize("is_finished", [False, True])
-    def test_copies_never_touch_registered_and_other_memory_at_once(self, host, make, device, rank, tier, is_finished):
+    def test_copies_never_touch_registered_and_other_memory_at_once(self, host, rank, tier, is_finished):
         """While the registration is under way, too: at any moment it may have come to any cell."""
         kv, blocks = kv_of(1, 8 * CHUNK), blocks_for(8 * CHUNK)
         chunks = [tier.put(kv, WHOLE, number) for number in range(8)]

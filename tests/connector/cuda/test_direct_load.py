@@ -31,9 +31,8 @@ from tests.connector.cuda.host_file import HostFile
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch) -> None:
     for module in (copy_cuda, staged_load, staged_store):
-        for kernel in plain_kernels.ALL:
-            if hasattr(module, kernel.__name__):
-                monkeypatch.setattr(module, kernel.__name__, kernel)
+        for name, kernel in plain_kernels.of(module).items():
+            monkeypatch.setattr(module, name, kernel)
 
 
 class Segments:

@@ -19,9 +19,8 @@ from tests.connector.cuda.pool_cases import PoolCases, carry_out, pool_of, poole
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch) -> None:
     for module in (copy_cuda, staged_load):
-        for kernel in plain_kernels.ALL:
-            if hasattr(module, kernel.__name__):
-                monkeypatch.setattr(module, kernel.__name__, kernel)
+        for name, kernel in plain_kernels.of(module).items():
+            monkeypatch.setattr(module, name, kernel)
 
 
 @pytest.fixture

@@ -35,9 +35,8 @@ NUM_CHUNKS = 3
 def _quick(monkeypatch) -> None:
     monkeypatch.setattr(pool_keeper, "CHECK_INTERVAL_S", 0.05)
     for module in (copy_cuda, staged_load):
-        for kernel in plain_kernels.ALL:
-            if hasattr(module, kernel.__name__):
-                monkeypatch.setattr(module, kernel.__name__, kernel)
+        for name, kernel in plain_kernels.of(module).items():
+            monkeypatch.setattr(module, name, kernel)
 
 
 class Worker:
