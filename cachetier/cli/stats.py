@@ -64,6 +64,7 @@ def as_text(stats: dict[str, Any]) -> str:
         ("speeds", _speeds(stats)),
         ("stores dropped", f"{stats['stores_dropped']:,}"),
         ("loads failed", f"{stats['loads_failed']:,}"),
+        ("matches too late", f"{stats['matches_late']:,}"),
         ("damaged chunks met", f"{stats['checksum_failures']:,}"),
     ]
     return "\n".join(f"{name:<22}{value}" for name, value in rows)

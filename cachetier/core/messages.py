@@ -274,6 +274,7 @@ class Report(Message, frozen=True):
     Attributes:
         stores_dropped: chunks that were not stored because storing would have queued for too long.
         loads_failed: requests whose load failed or missed its deadline, and which were recomputed.
+        matches_late: requests that were computed since their match was not answered in time.
         prefill_tokens_per_s: how fast the engine computes the prompts that it loads; 0: no news.
         load_tokens_per_s: how fast it loads from host memory; 0: no news.
         requests_blended: requests whose load from the middle of their prompt succeeded.
@@ -288,6 +289,7 @@ class Report(Message, frozen=True):
     session: int
     stores_dropped: int = 0
     loads_failed: int = 0
+    matches_late: int = 0
     prefill_tokens_per_s: float = 0.0
     load_tokens_per_s: float = 0.0
     requests_blended: int = 0

@@ -59,6 +59,7 @@ METRICS = (
     Metric("checksum_failures", "cachetier_checksum_failures_total", "Chunks that a reader found damaged."),
     Metric("stores_dropped", "cachetier_stores_dropped_total", "Chunks that were not stored for want of room or time."),
     Metric("loads_failed", "cachetier_loads_failed_total", "Requests recomputed after a failed load."),
+    Metric("matches_late", "cachetier_matches_late_total", "Requests computed since their match came too late."),
     Metric("gpu_filled", "cachetier_gpu_filled_total", "Copies made in pools in device memory."),
     Metric("gpu_evicted", "cachetier_gpu_evicted_total", "Copies evicted from pools in device memory."),
     Metric("hits_cut", "cachetier_hits_cut_total", "Hits of which a part was computed because that was faster."),

@@ -91,6 +91,7 @@ class Counters(msgspec.Struct):
         checksum_failures: chunks that a reader reported as damaged.
         stores_dropped: chunks that were not stored: no room, quota used up, or given up by the engine.
         loads_failed: requests that engines recomputed after a failed load.
+        matches_late: requests that engines computed since their match was not answered in time.
         hits_cut: hits of which engines computed a part, or all, because that was faster than loading it.
         tokens_cut: tokens of these parts.
         promoted: chunks read from disk into the arena.
@@ -105,6 +106,7 @@ class Counters(msgspec.Struct):
     checksum_failures: int = 0
     stores_dropped: int = 0
     loads_failed: int = 0
+    matches_late: int = 0
     hits_cut: int = 0
     tokens_cut: int = 0
     promoted: int = 0
@@ -166,6 +168,7 @@ class Stats(msgspec.Struct):
     checksum_failures: int
     stores_dropped: int
     loads_failed: int
+    matches_late: int
     hits_cut: int
     tokens_cut: int
     gpu_filled: int

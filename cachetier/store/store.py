@@ -274,6 +274,7 @@ class Store:
             self._books.leases.session(message.session, self._clock())
             self._books.counters.stores_dropped += max(message.stores_dropped, 0)
             self._books.counters.loads_failed += max(message.loads_failed, 0)
+            self._books.counters.matches_late += max(message.matches_late, 0)
             self._books.speeds.prefill = message.prefill_tokens_per_s or self._books.speeds.prefill
             self._books.speeds.load = message.load_tokens_per_s or self._books.speeds.load
             self._books.requests.blended += max(message.requests_blended, 0)

@@ -29,7 +29,7 @@ from cachetier_connector.requests import FoundDocument, MatchTicket, TrackedRequ
 MAX_JOBS = 4096
 IDLE_S = 0.1
 RELEASE_TIMEOUT_S = 1.0
-TURN_DEADLINES = 4  # a ticket waits for so many deadlines while those before it are answered
+TURN_DEADLINES = 20  # a ticket waits for so many deadlines while those before it are answered
 
 log = logging.getLogger(__name__)
 
@@ -98,17 +98,8 @@ class Matcher:
             ticket: of the match.
             used: how many tokens of it were used, by tier.
         """
-        for found in ticket.documents:
-            self.release(found.ticket)
-        with self._ticket_lock:
-            ticket.is_abandoned = True
-            if ticket.reply is None or ticket.is_released:
-                return
-            ticket.is_released = True
-        if lease := ticket.reply.lease:
-            host, disk, gpu = ((used or {}).get(tier, 0) for tier in (TIER_HOST, TIER_DISK, TIER_GPU))
-            use = LeaseUse(lease=lease, host_tokens=host, disk_tokens=disk, gpu_tokens=gpu)
-            self._submit(lambda: self._release(ticket, use))
+        if uses := self._end(ticket, used or {}):
+            self._submit(lambda: self._release(ticket.instance, uses))
 
     def trim(self, ticket: MatchTicket, num_chunks: int) -> None:
         """Say that only the first `num_chunks` chunks that `ticket` holds will be loaded. Never blocks."""
@@ -160,7 +151,12 @@ class Matcher:
 
     def report_failed_load(self) -> None:
         """Count a load that did not bring all it promised."""
-        self._submit(self._report_failed_load)
+        self._submit(lambda: self._link.call(lambda session: Report(session=session, loads_failed=1), self._release_s))
+
+    def give_up(self, ticket: MatchTicket) -> None:
+        """Release a ticket that is late, and count it."""
+        self.release(ticket)
+        self._submit(lambda: self._link.call(lambda session: Report(session=session, matches_late=1), self._release_s))
 
     def start_generation(self, generation: int) -> None:
         """From now on, matches belong to weights of another generation."""
@@ -267,20 +263,31 @@ class Matcher:
                 self._adapters[adapter] = None
         return self._adapters[adapter]
 
-    def _release(self, ticket: MatchTicket, use: LeaseUse) -> None:
-        if self._link.server is None or self._link.server.instance != ticket.instance:
+    def _end(self, ticket: MatchTicket, used: Mapping[int, int]) -> list[LeaseUse]:
+        """Mark a ticket and its documents' as given back; return the leases that have to be."""
+        uses = [use for found in ticket.documents for use in self._end(found.ticket, {})]
+        with self._ticket_lock:
+            ticket.is_abandoned = True
+            if ticket.reply is None or ticket.is_released:
+                return uses
+            ticket.is_released = True
+        if lease := ticket.reply.lease:
+            host, disk, gpu = (used.get(tier, 0) for tier in (TIER_HOST, TIER_DISK, TIER_GPU))
+            uses.append(LeaseUse(lease=lease, host_tokens=host, disk_tokens=disk, gpu_tokens=gpu))
+        return uses
+
+    def _release(self, instance: str, uses: list[LeaseUse]) -> None:
+        if self._link.server is None or self._link.server.instance != instance:
             return  # that server is gone, and its leases with it
-        self._leased.pop(use.lease, None)
-        self._link.call(lambda session: Release(session=session, uses=[use]), self._release_s)
+        for use in uses:
+            self._leased.pop(use.lease, None)
+        self._link.call(lambda session: Release(session=session, uses=uses), self._release_s)
 
     def _trim(self, ticket: MatchTicket, num_chunks: int) -> None:
         if self._link.server is None or self._link.server.instance != ticket.instance or ticket.reply is None:
             return
         lease = ticket.reply.lease
         self._link.call(lambda session: Trim(session=session, lease=lease, num_chunks=num_chunks), self._release_s)
-
-    def _report_failed_load(self) -> None:
-        self._link.call(lambda session: Report(session=session, loads_failed=1), self._release_s)
 
     def _renew(self) -> None:
         if not self._leased:

@@ -114,7 +114,7 @@ class SchedulerHalf:
         if not ticket.done.is_set() and not self._waited_for(ticket):
             if not self._matcher.is_late(ticket):
                 return None, False
-            self._matcher.release(ticket)
+            self._matcher.give_up(ticket)
             tracked.may_load = False
             return 0, False
         if ticket.reply is None:

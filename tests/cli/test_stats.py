@@ -67,7 +67,8 @@ def test_text_tells_the_hit_rate(server: RunningServer, capsys: pytest.CaptureFi
 def empty_stats() -> dict[str, Any]:
     tier = {"used": 0, "limit": 0}
     counts = dict.fromkeys(("chunks", "chunks_gpu", "chunks_host", "chunks_durable", "leases", "sessions"), 0)
-    counts |= dict.fromkeys(("stores_dropped", "loads_failed", "checksum_failures", "hits_cut", "tokens_cut"), 0)
+    counts |= dict.fromkeys(("stores_dropped", "loads_failed", "matches_late", "checksum_failures"), 0)
+    counts |= dict.fromkeys(("hits_cut", "tokens_cut"), 0)
     counts |= {"requests": {"blended": 0}, "documents": 0, "blend": {"checked": 0, "agreed": 0, "kl": 0.0}}
     counts |= {"tokens_per_s": {"prefill": 0, "load": 0}, "disk_bytes_per_s": 0}
     tokens = {"queried": 0, "stored": 0, "hit": {"gpu": 0, "host": 0, "disk": 0}, "blend": {"loaded": 0, "computed": 0}}

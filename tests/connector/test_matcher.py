@@ -165,7 +165,8 @@ def test_a_stopped_server_holds_a_ticket_up_for_no_longer_than_the_deadline(tier
     matcher.stop()
 
 
-def test_a_ticket_is_late_when_nothing_is_answered_but_not_while_those_before_it_are(tier):
+def test_a_ticket_is_late_when_nothing_is_answered_but_not_while_those_before_it_are(tier, monkeypatch):
+    monkeypatch.setattr(matcher_module, "TURN_DEADLINES", 4)
     matcher = Matcher(connect(tier.server), identity(), LAYOUT, max_blocking_s=0.4)
     for _ in range(20):
         matcher._submit(lambda: time.sleep(0.1))
@@ -242,16 +243,21 @@ class TestDocuments:
         eventually(lambda: stats_of(tier.server)["documents"] == before + 1)
         return matcher
 
-    def test_documents_are_found_for_those_who_may_blend_and_given_back_with_the_ticket(self, tier, matcher):
+    def test_documents_are_found_for_those_who_may_blend_and_go_with_the_ticket_at_once(
+        self, tier, matcher, monkeypatch
+    ):
         ticket = done(matcher.match(tracked(self.PROMPT, may_blend=True)))
         [found] = ticket.documents
         assert (found.document, found.offset, found.ticket.reply.num_chunks) == ("a", 100, 4)
         assert (found.ticket.chunk_tokens, found.ticket.instance) == (CHUNK, ticket.instance)
         assert leases(tier.server) == 1
         hits = stats_of(tier.server)["tokens"]["hit"]["host"]
+        release, released = matcher._release, []
+        monkeypatch.setattr(matcher, "_release", lambda *args: released.append(args) or release(*args))
         for _ in range(2):
             matcher.release(ticket)
         assert eventually(lambda: leases(tier.server) == 0)
+        assert len(released) == 1, "however many documents"
         assert stats_of(tier.server)["tokens"]["hit"]["host"] == hits
         assert done(matcher.match(tracked(self.PROMPT))).documents == []
 

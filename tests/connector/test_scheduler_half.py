@@ -113,6 +113,21 @@ def test_an_idle_engine_waits_a_moment_for_the_match_and_a_busy_one_asks_again(t
     assert asked == [None, 2 * CHUNK - 1]
 
 
+def test_a_request_whose_match_is_late_is_computed_and_counted(tier, scheduling, monkeypatch):
+    tokens = tokens_of(51, 2 * CHUNK)
+    tier.store(tokens)
+    half, ready, before = scheduling.half, threading.Event(), stats_of(tier.server)
+    monkeypatch.setattr(half._matcher, "is_late", lambda ticket: True)
+    half._matcher._submit(ready.wait)
+    request = FakeRequest("r", tokens)
+    half.on_new_request(request)
+    assert half.get_num_new_matched_tokens(request, 0) == (0, False)
+    ready.set()
+    eventually(lambda: stats_of(tier.server)["matches_late"] == before["matches_late"] + 1)
+    assert scheduling.leases() == 0
+    assert scheduling.ask(request) == 0, "it is not matched again"
+
+
 def test_an_idle_engine_waits_for_one_match_a_step(scheduling, monkeypatch):
     monkeypatch.setattr("cachetier_connector.scheduler_half.IDLE_WAIT_S", 0.3)
     half, ready = scheduling.half, threading.Event()

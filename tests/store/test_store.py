@@ -56,9 +56,9 @@ def test_invalidated_chunks_are_gone_from_every_tier_for_good(open_store):
 
 def test_reports_add_up(store):
     engine = Engine(store)
-    store.report(Report(session=engine.sessions[0], stores_dropped=3, loads_failed=2))
+    store.report(Report(session=engine.sessions[0], stores_dropped=3, loads_failed=2, matches_late=1))
     store.report(Report(session=engine.sessions[0], stores_dropped=-5))
-    assert (store.stats().stores_dropped, store.stats().loads_failed) == (3, 2)
+    assert (store.stats().stores_dropped, store.stats().loads_failed, store.stats().matches_late) == (3, 2, 1)
 
 
 def test_unknown_sessions_and_namespaces_are_404_everywhere(store):
