@@ -47,6 +47,7 @@ ASKED = [*ON_HOST, *ON_TIERS, *ON_BUS]
 UNVERIFIED = {"kv_connector": "UnverifiedConnector", "kv_connector_module_path": "bench.gpu.unverified"}
 LOADING = {"kv_connector": "LoadingConnector", "kv_connector_module_path": "tests.e2e.loading_connector"}
 PROFILED = {"kv_connector": "ProfiledConnector", "kv_connector_module_path": "bench.gpu.profiled"}
+PROFILES = {"ttft_host": "cachetier", "ttft_gpu_tier": "cachetier-gpu"}  # of whom, after which question
 BUS_HOST_BYTES = 20 * GIB
 # Seconds on an H200 with 16 cores, in eager mode; starting engines includes that their memory is page-locked.
 START_S = 60
@@ -91,7 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=0, help="how often each prompt is asked")
     parser.add_argument("--seconds", type=float, default=480, help="what would take longer is passed over")
     parser.add_argument("--eager", action="store_true", help="neither torch.compile nor CUDA graphs, for all")
-    parser.add_argument("--profile", action="store_true", help="say where cachetier's time goes in ttft_host")
+    parser.add_argument("--profile", action="store_true", help="say where cachetier's time goes in first tokens")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny model")
     parser.add_argument("--logs", type=Path, help="folder that gets the ends of all logs")
     return parser.parse_args()
@@ -165,8 +166,8 @@ class Run:
                 self._lab.fail(name, error)
             self._lab.save()
             timed(f"{name}, {time.monotonic() - self._start_s:.0f} s since the start", began_s)
-            if name == "ttft_host" and self._options.profile:
-                self._print_profile()
+            if name in PROFILES and self._options.profile:
+                self._print_profile(name)
 
     def stop(self) -> None:
         """Stop whatever runs."""
@@ -196,10 +197,10 @@ class Run:
         needed_s = 0.0 if self._setting.is_rehearsal else estimate_s
         return time.monotonic() - self._start_s + needed_s < self._options.seconds
 
-    def _print_profile(self) -> None:
-        """Print where cachetier's first tokens spent their time."""
-        if contender := self._lab.live.get("cachetier"):
-            hits = [each for each in self._lab.rows if (each["question"], each["contender"]) == ("ttft_host", "none")]
+    def _print_profile(self, name: str) -> None:
+        """Print where cachetier's first tokens of a question spent their time."""
+        if contender := self._lab.live.get(PROFILES[name]):
+            hits = [each for each in self._lab.rows if (each["question"], each["contender"]) == (name, "none")]
             hits_ms = {each["parameters"]["tokens"]: each["value"] for each in hits}
             print(profile.table(contender.log_text(), contender.asked, hits_ms), flush=True)
 
@@ -211,7 +212,7 @@ class Run:
         missing = [self._make(name) for name in ("none", "cachetier") if name not in self._lab.live]
         if "ttft_gpu_tier" in self._options.questions and not setting.is_rehearsal:
             extra = {"gpu_bytes": setting.gpu_tier_bytes}
-            missing.append(Cachetier(setting, server, "cachetier-gpu", extra=extra))
+            missing.append(Cachetier(setting, server, "cachetier-gpu", self._connector, extra=extra))
         if "checksum_cost" in self._options.questions:
             missing.append(Cachetier(setting, server, "cachetier-unverified", UNVERIFIED))
         if "disk_read" in self._options.questions:
@@ -234,6 +235,10 @@ class Run:
         with ThreadPoolExecutor() as pool:
             list(pool.map(Contender.stop, [self._lab.live.pop(name) for name in leaving]))
 
+    @property
+    def _connector(self) -> dict[str, str]:
+        return PROFILED if self._options.profile else CACHETIER
+
     def _make(self, name: str, setting: Setting | None = None, **arguments: Any) -> Contender:
         setting = setting or self._setting
         if name == "none":
@@ -242,8 +247,7 @@ class Run:
             return native(setting, **arguments)
         if name == "lmcache":
             return Lmcache(setting, **arguments)
-        connector = PROFILED if self._options.profile else CACHETIER
-        return Cachetier(setting, self._server, connector=connector, **arguments)
+        return Cachetier(setting, self._server, connector=self._connector, **arguments)
 
 
 def _started(contender: Contender) -> float:
