@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -118,32 +119,39 @@ class BlendPass:
 
         vLLM drops torch.compile's guards: ids must be int32 and positions int64, as in its own buffers.
         """
-        starts = torch.tensor([run.start for run in runs])
-        ends = torch.tensor([run.end for run in runs], dtype=torch.int32)
+        starts, ends = (np.array([getattr(run, name) for run in runs], np.int32) for name in ("start", "end"))
         lengths = ends - starts
-        query_start = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        positions = torch.cat([torch.arange(run.start, run.end) for run in runs])
-        tables = torch.zeros(len(runs), max(len(run.block_ids) for run in runs), dtype=torch.int32)
+        query_start = np.concatenate(([0], lengths.cumsum())).astype(np.int32)
+        positions = np.concatenate([np.arange(run.start, run.end) for run in runs])
+        tables = np.zeros((len(runs), max(len(run.block_ids) for run in runs)), np.int32)
+        known = {id(run.block_ids): np.array(run.block_ids, np.int32) for run in runs}  # runs of a request share one
         for row, run in zip(tables, runs, strict=True):
-            row[: len(run.block_ids)] = torch.as_tensor(run.block_ids, dtype=torch.int32)
-        blocks = tables[torch.arange(len(runs)).repeat_interleave(lengths), positions // self._block_tokens]
-        slots = (blocks.long() * self._block_tokens + positions % self._block_tokens).to(self._device)
-        ids = torch.cat([torch.as_tensor(run.tokens, dtype=torch.int32) for run in runs])
+            row[: len(run.block_ids)] = known[id(run.block_ids)]
+        blocks = tables[np.arange(len(runs)).repeat(lengths), positions // self._block_tokens].astype(np.int64)
+        slots = self._send(blocks * self._block_tokens + positions % self._block_tokens)
+        ids = np.concatenate([np.asarray(run.tokens, np.int32) for run in runs])
         fields = {
-            "query_start_loc": query_start.to(self._device),
-            "query_start_loc_cpu": query_start,
-            "seq_lens": ends.to(self._device),
-            "_seq_lens_cpu": ends,
-            "seq_lens_cpu_upper_bound": ends,
+            "query_start_loc": self._send(query_start),
+            "query_start_loc_cpu": torch.from_numpy(query_start),
+            "seq_lens": self._send(ends),
+            "_seq_lens_cpu": torch.from_numpy(ends),
+            "seq_lens_cpu_upper_bound": torch.from_numpy(ends),
             "num_reqs": len(runs),
             "num_actual_tokens": len(positions),
             "max_query_len": int(lengths.max()),
             "max_seq_len": int(ends.max()),
             "slot_mapping": slots,
             "causal": True,
-            "block_table_tensor": tables.to(self._device),
+            "block_table_tensor": self._send(tables),
             "is_prefilling": torch.ones(len(runs), dtype=torch.bool),
         }
         common = CommonAttentionMetadata(**{name: value for name, value in fields.items() if name in _KNOWN_FIELDS})
         metadata = self._builder.build(0, common)
-        return ids.to(self._device), positions.to(self._device), slots, metadata
+        return self._send(ids), self._send(positions), slots, metadata
+
+    def _send(self, values: "np.ndarray[Any, Any]") -> torch.Tensor:
+        """Copy to the device; through pinned memory, or the copy would wait for all work launched before."""
+        tensor = torch.from_numpy(values)
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)

@@ -5,6 +5,7 @@ pass is launched like a forward pass of the engine's own and is not waited for, 
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,9 @@ class Blender:
         try:
             if self.refusal:
                 raise CannotRotate(self.refusal)
+            began_s = time.monotonic()
             self._compute(ops)
+            log.debug("cachetier: a blend pass was launched in %.2f ms", 1000 * (time.monotonic() - began_s))
         except Exception as error:
             log.exception("cachetier: a blend pass failed; vLLM computes its requests: %s", error)
             self._failed.update(op.request_id for op in ops)
