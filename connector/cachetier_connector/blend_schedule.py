@@ -26,9 +26,9 @@ SINK_TOKENS = 16
 # All tokens of a prompt as many runs took 1.25 times its prefill (design, section 2): with less to load, blending
 # would be slower than none.
 LOADED_SHARE_MIN = 0.25
-# Fewer tokens take a pass hardly less time: the weights have to be read. A request that is alone takes that time while
-# it would wait for its loads anyway.
-PASS_TOKENS_MIN, PASS_TOKENS_MIN_ALONE = 256, 64
+# Fewer tokens take a pass hardly less time: its layers have to be launched and the weights to be read. While that goes
+# on, the threads that load make less headway, so a request that is alone gains nothing by more passes.
+PASS_TOKENS_MIN = 256
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +70,12 @@ class _Blend:
             self.runs = merge([*self.runs, missing])
             self.num_loaded += 1
 
-    def take(self, min_tokens: int, max_tokens: int, max_runs: int) -> list[Run] | None:
+    def take(self, max_tokens: int, max_runs: int) -> list[Run] | None:
         """Return the next piece to compute and forget it; None: not yet. An empty one ends what lacks nothing."""
         runs = self.runs
         if not self.is_loaded:
             runs = subtract(runs, [Run(self.loads[self.num_loaded].start, self.plan.end)])
-            is_enough = sum(run.end - run.start for run in runs) >= min_tokens or runs == self.runs
+            is_enough = sum(run.end - run.start for run in runs) >= PASS_TOKENS_MIN or runs == self.runs
             if not runs or not is_enough:
                 return None
         piece = next(iter(cut_runs(runs, max_tokens, max_runs)), [])
@@ -175,7 +175,6 @@ class BlendSchedule:
     def next_ops(self) -> list[BlendOp]:
         """Return what all ranks compute in this step."""
         ops: list[BlendOp] = []
-        min_tokens = PASS_TOKENS_MIN if len(self._blends) > 1 else PASS_TOKENS_MIN_ALONE
         left_tokens, left_runs = self._facts.pass_tokens_max, self._facts.pass_runs_max
         for blend in self._blends.values():
             if blend.is_done:
@@ -187,7 +186,7 @@ class BlendSchedule:
             elif not left_tokens or not left_runs:
                 break
             else:
-                piece = blend.take(min_tokens, left_tokens, left_runs)
+                piece = blend.take(left_tokens, left_runs)
             if piece is not None:
                 left_tokens -= sum(run.end - run.start for run in piece)
                 left_runs -= len(piece)

@@ -326,16 +326,12 @@ class TestPieces:
         [op] = schedule.next_ops()
         assert (op.runs, op.is_last) == ([], True)
 
-    @pytest.mark.parametrize("is_alone", [True, False])
-    def test_a_request_that_is_alone_does_not_wait_until_there_is_enough(self, is_alone):
+    def test_all_that_a_request_lacks_before_its_last_part_is_enough(self):
         schedule, tracked = BlendSchedule(facts_of()), tracked_of("r", 700, [(100, 256), (420, 256)])
         loads = begin(schedule, tracked)
-        if not is_alone:
-            begin(schedule, tracked_of("other", 550, TWO))
-        assert [op.runs for op in schedule.next_ops()] == ([[(0, 116)]] if is_alone else [])
+        assert schedule.next_ops() == []
         schedule.learn({"r": {0: [loads[0].end]}}, {})
-        last = [(356, 436)] if is_alone else [(0, 116), (356, 436)]
-        assert [op.runs for op in schedule.next_ops()] == [last], "all that it lacks before its last part"
+        assert [op.runs for op in schedule.next_ops()] == [[(0, 116), (356, 436)]]
         assert schedule.next_ops() == []
 
     def test_a_request_with_nothing_to_compute_gets_an_op_all_the_same(self):
