@@ -123,8 +123,11 @@ class Connection:
 
     def _receive(self, deadline: float) -> bytes:
         assert self._socket is not None
-        self._socket.settimeout(_remaining(deadline))
-        data = self._socket.recv(RECEIVE_BYTES)
+        self._socket.settimeout(max(0.0, deadline - time.monotonic()))
+        try:
+            data = self._socket.recv(RECEIVE_BYTES)
+        except BlockingIOError as error:  # what came in time counts, however late this thread runs
+            raise TimeoutError from error
         if not data:
             raise ConnectionResetError("it closed the connection")
         return data

@@ -102,7 +102,8 @@ class ConnectorConfig:
     name: str = setting("", "how the engine is called in `cachetier engines` (default: host and process id)")
     match_deadline_ms: float = setting(
         200.0,
-        "how long a request may wait for the answer to its match, twenty times as long while others are answered first",
+        "how long the server may take for each answer that a request's match needs; the request waits twenty times as "
+        "long while others are answered first",
     )
     load_deadline_ms: float = setting(500.0, "how long a load may go without progress before it is given up")
     store_deadline_ms: float = setting(

@@ -26,8 +26,8 @@ SINK_TOKENS = 16
 # All tokens of a prompt as many runs took 1.25 times its prefill (design, section 2): with less to load, blending
 # would be slower than none.
 LOADED_SHARE_MIN = 0.25
-# Fewer tokens take a pass hardly less time: its layers have to be launched and the weights to be read. While that goes
-# on, the threads that load make less headway, so a request that is alone gains nothing by more passes.
+# Fewer tokens take a pass hardly less time: its layers have to be launched and the weights to be read. Not even a
+# request that is alone gains by more passes while it would wait for its loads anyway.
 PASS_TOKENS_MIN = 256
 
 log = logging.getLogger(__name__)

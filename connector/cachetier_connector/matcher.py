@@ -29,6 +29,9 @@ from cachetier_connector.requests import FoundDocument, MatchTicket, TrackedRequ
 MAX_JOBS = 4096
 IDLE_S = 0.1
 RELEASE_TIMEOUT_S = 1.0
+# A match is at most so many calls, which fail by themselves if the server does not answer in time. In a process that
+# takes in many long prompts at once this thread hardly runs, and reads answers late.
+CALLS_MAX = 4
 TURN_DEADLINES = 20  # a ticket waits for so many deadlines while those before it are answered
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ class Matcher:
             link: used by the thread alone from now on.
             identity: of the model without an adapter.
             layout: of its KV cache group.
-            max_blocking_s: how long a match may take before the server counts as dead.
+            max_blocking_s: how long a call of a match may take before the server counts as dead.
             reads_pools: whether the engine can use copies in device memory.
             chore: what else is to be done on the thread, called after every job and every `IDLE_S` at least.
         """
@@ -84,12 +87,12 @@ class Matcher:
     def is_late(self, ticket: MatchTicket) -> bool:
         """Tell whether nobody should wait for `ticket` any longer.
 
-        That is so when nothing was answered for as long as a match may take; requests that arrive together have their
-        turn one after the other, within limits.
+        That is so when nothing was answered for as long as all calls of a match may take; requests that arrive together
+        have their turn one after the other, within limits.
         """
         now, limit_s = time.monotonic(), self._max_blocking_s
         silent_since_s = max(ticket.since_s, self._answered_s)
-        return now - silent_since_s >= limit_s or now - ticket.since_s >= TURN_DEADLINES * limit_s
+        return now - silent_since_s >= CALLS_MAX * limit_s or now - ticket.since_s >= TURN_DEADLINES * limit_s
 
     def release(self, ticket: MatchTicket, used: Mapping[int, int] | None = None) -> None:
         """Give back what `ticket` holds or will hold, its documents included. Never blocks; idempotent.

@@ -24,7 +24,6 @@ from cachetier_connector.facts import EngineFacts, is_addressable, may_read
 from cachetier_connector.link import ServerLink
 from cachetier_connector.load_ops import blend_loads, documents_as_hit, load_op, share_choice, tiers_of_load
 from cachetier_connector.matcher import Matcher
-from cachetier_connector.patience import Patience
 from cachetier_connector.plan import StepPlan, StoreOp, Verdict, first_failed_token, loadable_end, tokens_to_bytes
 from cachetier_connector.prefill_rate import work_of
 from cachetier_connector.requests import MatchTicket, TrackedRequest
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 MAX_CHUNKS_PER_OP = 256
+# vLLM sleeps for 1 ms before it asks again when it has nothing to compute; most matches take less.
+IDLE_WAIT_S = 0.003
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class SchedulerHalf:
         self._break_even, self._step = BreakEven(), 0
         self._blends, self._guard = BlendSchedule(facts), BlendGuard(facts)
         self._plan = StepPlan()
+        self._may_wait = True
         self._socket_path = ""
 
         def find_and_remember() -> str:
@@ -73,7 +75,6 @@ class SchedulerHalf:
             reads_pools=facts.device == "cuda",
             chore=self._role.tend,
         )
-        self._patience = Patience(self._matcher)
 
     def _connect(self) -> None:
         if not self._facts.config.server:
@@ -110,7 +111,7 @@ class SchedulerHalf:
         if tracked.ticket is None or tracked.ticket.is_released:
             tracked.ticket = self._matcher.match(tracked)
         ticket = tracked.ticket
-        if not self._patience.has_answer(ticket):
+        if not ticket.done.is_set() and not self._waited_for(ticket):
             if not self._matcher.is_late(ticket):
                 return None, False
             self._matcher.give_up(ticket)
@@ -126,6 +127,11 @@ class SchedulerHalf:
         if tracked.blend is not None:
             end = tracked.blend.end
         return (end - num_computed_tokens, True) if end > num_computed_tokens else (0, False)
+
+    def _waited_for(self, ticket: MatchTicket) -> bool:
+        """Wait for a match that is nearly there, once a step and only while the engine has nothing to compute."""
+        may_wait, self._may_wait = self._may_wait, False
+        return may_wait and ticket.done.wait(IDLE_WAIT_S)
 
     def update_state_after_alloc(self, request: "Request", block_ids: list[int], num_external_tokens: int) -> None:
         """Plan the load of `num_external_tokens` into the blocks that the request now has.
@@ -176,7 +182,7 @@ class SchedulerHalf:
         if self._facts.keeps_blocks:  # all of them: one that ended since is not tracked any more
             self._plan.preempted = list(output.preempted_req_ids or ())
         plan, self._plan = self._plan, StepPlan()
-        self._patience.begin_step(is_idle=not output.num_scheduled_tokens)
+        self._may_wait = not output.num_scheduled_tokens
         if output.num_scheduled_tokens:
             self._step += 1
             plan.step = self._step

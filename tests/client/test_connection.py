@@ -118,6 +118,19 @@ def test_deadline_holds_for_silent_and_for_slow_peers(listen: Listen, peer: Peer
     assert 0.3 <= time.monotonic() - start < 0.5
 
 
+def test_what_has_come_by_the_deadline_counts_for_a_thread_that_reads_it_late(
+    listen: Listen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection, start = listen([keep_answering]), Connection._start
+
+    def start_and_sleep(self: Connection, request: bytes, deadline: float) -> None:
+        start(self, request, deadline)
+        time.sleep(deadline + 0.1 - time.monotonic())
+
+    monkeypatch.setattr(Connection, "_start", start_and_sleep)
+    assert connection.exchange(GET, 0.3, is_idempotent=True) == Reply(200, b"ok")
+
+
 def test_connection_is_kept(listen: Listen) -> None:
     connection = listen([keep_answering])
     for _ in range(3):

@@ -165,17 +165,23 @@ def test_a_stopped_server_holds_a_ticket_up_for_no_longer_than_the_deadline(tier
     matcher.stop()
 
 
-def test_a_ticket_is_late_when_nothing_is_answered_but_not_while_those_before_it_are(tier, monkeypatch):
-    monkeypatch.setattr(matcher_module, "TURN_DEADLINES", 4)
-    matcher = Matcher(connect(tier.server), identity(), LAYOUT, max_blocking_s=0.4)
-    for _ in range(20):
-        matcher._submit(lambda: time.sleep(0.1))
+@pytest.mark.parametrize(
+    ("jobs_s", "lateness"),
+    [([0.1] * 20, {0.9: False, 1.2: False, 1.7: True}), ([2.0], {0.6: False, 0.9: True})],
+    ids=["others are answered", "nothing is answered"],
+)
+def test_a_ticket_is_late_when_nothing_is_answered_but_not_while_those_before_it_are(
+    tier, monkeypatch, jobs_s, lateness
+):
+    monkeypatch.setattr(matcher_module, "TURN_DEADLINES", 8)
+    matcher, found = Matcher(connect(tier.server), identity(), LAYOUT, max_blocking_s=0.2), {}
+    for seconds in jobs_s:
+        matcher._submit(lambda seconds=seconds: time.sleep(seconds))
     ticket = matcher.match(tracked(tokens_of(14, CHUNK)))
-    lateness = {}
-    for second in (0.7, 1.2, 1.7):
+    for second in lateness:
         time.sleep(max(0, ticket.since_s + second - time.monotonic()))
-        lateness[second] = matcher.is_late(ticket)
-    assert lateness == {0.7: False, 1.2: False, 1.7: True}
+        found[second] = matcher.is_late(ticket)
+    assert found == lateness
     done(ticket)
     matcher.stop()
 

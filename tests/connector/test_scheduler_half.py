@@ -94,7 +94,7 @@ def test_chunks_are_handed_over_in_the_step_that_completes_them(scheduling):
 
 
 def test_an_idle_engine_waits_a_moment_for_the_match_and_a_busy_one_asks_again(tier, scheduling, monkeypatch):
-    monkeypatch.setattr("cachetier_connector.patience.IDLE_WAIT_S", 5.0)
+    monkeypatch.setattr("cachetier_connector.scheduler_half.IDLE_WAIT_S", 5.0)
     tokens = tokens_of(50, 2 * CHUNK)
     tier.store(tokens)
     half, asked = scheduling.half, []
@@ -128,27 +128,8 @@ def test_a_request_whose_match_is_late_is_computed_and_counted(tier, scheduling,
     assert scheduling.ask(request) == 0, "it is not matched again"
 
 
-def test_a_busy_engine_waits_once_a_step_before_it_gives_a_late_match_up(tier, scheduling, monkeypatch):
-    monkeypatch.setattr("cachetier_connector.patience.LAST_WAIT_S", 2.0)
-    tokens = tokens_of(52, 2 * CHUNK)
-    tier.store(tokens)
-    half, ready = scheduling.half, threading.Event()
-    half.build_plan(step_of({"other": ([9], 0, 1)}))
-    monkeypatch.setattr(half._matcher, "is_late", lambda ticket: True)
-    half._matcher._submit(ready.wait)
-    first, second = (FakeRequest(name, tokens) for name in ("first", "second"))
-    half.on_new_request(first)
-    threading.Timer(0.2, ready.set).start()
-    assert half.get_num_new_matched_tokens(first, 0) == (2 * CHUNK - 1, True)
-    ready.clear()
-    half._matcher._submit(ready.wait)
-    half.on_new_request(second)
-    assert half.get_num_new_matched_tokens(second, 0) == (0, False)
-    ready.set()
-
-
 def test_an_idle_engine_waits_for_one_match_a_step(scheduling, monkeypatch):
-    monkeypatch.setattr("cachetier_connector.patience.IDLE_WAIT_S", 0.3)
+    monkeypatch.setattr("cachetier_connector.scheduler_half.IDLE_WAIT_S", 0.3)
     half, ready = scheduling.half, threading.Event()
     half.build_plan(step_of())
     half._matcher._submit(ready.wait)
