@@ -1,7 +1,8 @@
-"""On two GPUs: ranks that share a model by heads or by layers load what one rank stored, and the other way round."""
+"""On two GPUs: ranks that share a model by heads or layers load what one rank stored, and back; and they blend."""
 
 import pytest
 
+from tests.e2e import test_blend as blend
 from tests.e2e.layouts import PIPELINE_2, TENSOR_2, assert_any_layout_reads_any_other
 from tests.gpu.engines import ON_GPU
 
@@ -21,3 +22,8 @@ def test_two_tensor_parallel_ranks_and_one_read_each_others_kv(tmp_path):
 
 def test_two_pipeline_stages_and_one_read_each_others_kv(tmp_path):
     assert_any_layout_reads_any_other(tmp_path, PIPELINE_2, can_differ=False, **ON_GPU)
+
+
+def test_two_tensor_parallel_ranks_blend(tmp_path):
+    arguments = ON_GPU | {"enforce_eager": True, "tensor_parallel_size": 2}
+    blend.test_recomputing_everything_gives_the_plain_engines_kv_and_answers(tmp_path, arguments)
