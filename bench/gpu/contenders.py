@@ -49,6 +49,7 @@ class Contender:
         if connector is not None:
             self._options["kv_transfer_config"] = {"kv_role": "kv_both"} | connector
         self.is_eager = bool(self._options["enforce_eager"])
+        self.environment: dict[str, str] = {}  # of its engine, besides
         self.asked: list[dict[str, Any]] = []  # all answers, with the prompts' lengths as "tokens"
         self._processes: list[subprocess.Popen[str]] = []
         self._engine: subprocess.Popen[str] | None = None
@@ -57,7 +58,7 @@ class Contender:
         """Start everything; return before the engine is ready."""
         read_end, write_end = os.pipe()
         command = [sys.executable, "-m", "bench.gpu.engine_process", json.dumps(self._options)]
-        self._engine = self._spawn(command, {REPLY_FD: str(write_end)}, write_end)
+        self._engine = self._spawn(command, self.environment | {REPLY_FD: str(write_end)}, write_end)
         os.close(write_end)
         self._replies = os.fdopen(read_end)
         self._started_s = time.monotonic()
@@ -177,7 +178,7 @@ class Lmcache(Contender):
     """LMCache with its server in another process, as its documentation recommends."""
 
     def __init__(self, setting: Setting, **arguments: Any) -> None:
-        self._port, self._http_port = _free_ports(2)
+        self._port, self._http_port = free_ports(2)
         extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self._port}
         connector = {"kv_connector": "LMCacheMPConnector", "kv_connector_extra_config": extra}
         super().__init__("lmcache", setting, connector, **arguments)
@@ -249,7 +250,8 @@ def start_server(setting: Setting, folder: str, disk_bytes: int) -> Server:
     return Server(data, host=str(setting.host_bytes), disk=str(disk_bytes), socket=socket_path)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Return ports of the loopback that nobody listens on now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -46,7 +46,8 @@ class Driver:
         before the first is asked.
 
         Returns:
-            For each prompt started_s, first_token_s, seconds, ended_s, cached (tokens) and output (tokens).
+            For each prompt started_s, first_token_s, seconds, ended_s, cached (tokens), output (tokens), and params if
+            the connector returned any.
         """
         from vllm import SamplingParams
 
@@ -75,6 +76,7 @@ class Driver:
                     num_running -= 1
                     result |= {"seconds": now_s - result["started_s"], "ended_s": now_s}
                     result |= {"cached": output.num_cached_tokens or 0, "output": len(output.outputs[0].token_ids)}
+                    result |= {"params": output.kv_transfer_params} if output.kv_transfer_params else {}
         return list(results.values())
 
     def reset(self) -> bool:

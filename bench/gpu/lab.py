@@ -114,11 +114,12 @@ QUESTIONS = (
     "match_documents",
     "ttft_blend",
     "throughput_blend",
+    "handover",
 )
 
 
 CONTENDERS = (
-    *("cachetier", "vllm-native", "lmcache", "none", "limit"),
+    *("cachetier", "vllm-native", "lmcache", "nixl", "none", "limit"),
     *("cachetier-link", "cachetier-query", "prefix-only", "full-prefill"),
 )
 
