@@ -54,7 +54,8 @@ class ServerConfig:
     tenant_quota: float = setting(1.0, "largest share of the host tier that one namespace and salt may take, 0 to 1")
     io_threads: int = setting(4, "threads that read from disk at the same time")
     remote: str = setting(
-        "", "store that servers of several nodes share: mooncake://MASTER_HOST:PORT or s3://BUCKET/PREFIX; none if empty"
+        "",
+        "store that servers of several nodes share: mooncake://MASTER_HOST:PORT or s3://BUCKET/PREFIX; none if empty",
     )
     secret_file: str = setting(
         "",

@@ -57,9 +57,7 @@ def open_store(url: SplitResult, memory: FrameMemory) -> "MooncakeStore":
         names = ", ".join(PARAMETERS)
         raise ConfigError(f"remote {url.geturl()}: unknown parameter {min(unknown)!r}; allowed are {names}")
     if importlib.util.find_spec("mooncake") is None:
-        raise ConfigError(
-            f"remote {url.geturl()}: Mooncake is not installed; run: pip install 'cachetier[mooncake]'"
-        )
+        raise ConfigError(f"remote {url.geturl()}: Mooncake is not installed; run: pip install 'cachetier[mooncake]'")
     values = PARAMETERS | given
     try:
         master = url.hostname or "", url.port or 0

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import msgspec
 from mooncake.store import MooncakeDistributedStore, ReplicateConfig
@@ -72,11 +73,11 @@ class Batches:
 
     def get(self, request: Request) -> Reply:
         ranges = []
-        for skip, frames in zip(request.header_bytes, request.frames, strict=True):
-            ranges.append(row := [])
-            for offset, length in frames:
-                row.append((self._data_offset + offset, skip, length))
-                skip += length
+        for header_bytes, frames in zip(request.header_bytes, request.frames, strict=True):
+            starts = accumulate((length for _, length in frames), initial=header_bytes)
+            ranges.append(
+                [(self._data_offset + to, start, length) for (to, length), start in zip(frames, starts, strict=False)]
+            )
         return Reply(request.id, self._get(self._arena, request.keys, ranges))
 
     def put(self, request: Request) -> Reply:
