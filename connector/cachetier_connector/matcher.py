@@ -18,7 +18,18 @@ import msgspec
 
 from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout
-from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, LeaseUse, Match, Release, Renew, Report, Trim
+from cachetier.core.messages import (
+    TIER_DISK,
+    TIER_GPU,
+    TIER_HOST,
+    TIER_REMOTE,
+    LeaseUse,
+    Match,
+    Release,
+    Renew,
+    Report,
+    Trim,
+)
 from cachetier_connector.documents import Documents
 from cachetier_connector.facts import adapter_of, inputs_of
 from cachetier_connector.fingerprint import fingerprint_folder
@@ -106,8 +117,14 @@ class Matcher:
                 return
             ticket.is_released = True
         if lease := ticket.reply.lease:
-            host, disk, gpu = ((used or {}).get(tier, 0) for tier in (TIER_HOST, TIER_DISK, TIER_GPU))
-            use = LeaseUse(lease=lease, host_tokens=host, disk_tokens=disk, gpu_tokens=gpu)
+            tokens = used or {}
+            use = LeaseUse(
+                lease=lease,
+                host_tokens=tokens.get(TIER_HOST, 0),
+                disk_tokens=tokens.get(TIER_DISK, 0),
+                gpu_tokens=tokens.get(TIER_GPU, 0),
+                remote_tokens=tokens.get(TIER_REMOTE, 0),
+            )
             self._submit(lambda: self._release(ticket, use))
 
     def trim(self, ticket: MatchTicket, num_chunks: int) -> None:

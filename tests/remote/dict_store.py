@@ -15,13 +15,14 @@ class Shared:
         is_dead: every call fails.
         delay_s: every call takes so long.
         is_full: nothing can be put.
+        keeps_all: nothing can be deleted.
         gate: gets wait for it.
         calls: names of the calls, in order.
     """
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
-        self.is_dead = self.is_full = False
+        self.is_dead = self.is_full = self.keeps_all = False
         self.delay_s = 0.0
         self.gate = threading.Event()
         self.gate.set()
@@ -61,7 +62,7 @@ class DictStore(RemoteStore):
         return [self._get(place) for place in places]
 
     def delete(self, keys: Sequence[str]) -> list[Outcome]:
-        if self._begin("delete", keys):
+        if self._begin("delete", keys) or self._shared.keeps_all:
             return [Outcome.FAILED] * len(keys)
         for key in keys:
             self._shared.values.pop(key, None)
