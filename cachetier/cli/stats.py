@@ -83,12 +83,11 @@ def _speeds(stats: dict[str, Any]) -> str:
 def _remote(stats: dict[str, Any]) -> str:
     """Return what went to the remote store and came from there."""
     moved = stats["bytes"]["remote"]
-    state = (
-        "" if stats["remote_available"] else ("; not used now" if any(moved.values()) else "off, or does not answer")
+    state = "in use" if stats["remote_available"] else "none that answers"
+    return (
+        f"{state}  put {format_bytes(moved['put'])}  got {format_bytes(moved['got'])}  "
+        f"failures {stats['remote_failures']:,}  chunks not put {stats['remote_puts_dropped']:,}"
     )
-    text = f"put {format_bytes(moved['put'])}  got {format_bytes(moved['got'])}" if any(moved.values()) else ""
-    failures = f"  failures {stats['remote_failures']:,}  not put {stats['remote_puts_dropped']:,} chunks"
-    return (text or ("nothing yet" if not state else "")) + state + (failures if stats["remote_failures"] else "")
 
 
 def _blended(stats: dict[str, Any]) -> str:
