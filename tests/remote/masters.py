@@ -46,9 +46,9 @@ class Master:
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=output)
         deadline = time.monotonic() + 20
-        while b"Starting metrics" not in self._log.read_bytes() and not self._answers():
+        knock = f"import socket; socket.create_connection(('{self.address}', {self.port}), 1)"
+        while subprocess.run([*self._prefix, sys.executable, "-c", knock], check=False, capture_output=True).returncode:
             assert time.monotonic() < deadline, self._log.read_text()[-2000:]
-            time.sleep(0.05)
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -58,13 +58,6 @@ class Master:
         """Kill it."""
         self._process.kill()
         self._process.wait()
-
-    def _answers(self) -> bool:
-        if self._prefix:
-            return False  # it cannot be reached from here
-        with contextlib.suppress(OSError), socket.create_connection((self.address, self.port), 0.2):
-            return True
-        return False
 
 
 @contextlib.contextmanager
