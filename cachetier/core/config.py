@@ -65,7 +65,8 @@ class ServerConfig:
     remote_deadline_ms: float = setting(100.0, "how long a match may wait for the remote store to say what it holds")
     remote_queue_bytes: int = setting(
         256 * MIB,
-        "most bytes of the host tier that wait to be put into the remote store; what is beyond that is not put there",
+        "most bytes of the host tier that wait to be put into the remote store, a quarter of the host tier if that is "
+        "less; what is beyond that is not put there",
         size=True,
     )
     log_level: str = setting("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))

@@ -9,6 +9,7 @@ is only started while the master can be connected to.
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import logging
 import os
@@ -41,6 +42,7 @@ LIMITS = {
     "MC_LOG_LEVEL": "ERROR",
 }
 OUTCOMES = {0: Outcome.DONE, -704: Outcome.MISSING, -600: Outcome.MISSING, -200: Outcome.FULL}
+LIBRARY = "libibverbs.so.1"  # what Mooncake needs and no Python package brings
 PROCESS = "cachetier.remote.mooncake_process"
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,10 @@ def open_store(url: SplitResult, memory: FrameMemory) -> "MooncakeStore":
         raise ConfigError(f"remote {url.geturl()}: unknown parameter {min(unknown)!r}; allowed are {names}")
     if importlib.util.find_spec("mooncake") is None:
         raise ConfigError(f"remote {url.geturl()}: Mooncake is not installed; run: pip install 'cachetier[mooncake]'")
+    try:
+        ctypes.CDLL(LIBRARY)
+    except OSError as error:
+        raise ConfigError(f"remote {url.geturl()}: {error}; run: apt-get install libibverbs1") from error
     values = PARAMETERS | given
     try:
         master = url.hostname or "", url.port or 0

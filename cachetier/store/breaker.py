@@ -20,6 +20,7 @@ class Breaker:
 
     Attributes:
         is_open: nobody may ask it.
+        opened_at: when it opened last (time.monotonic).
     """
 
     def __init__(self, probe: Callable[[], bool], on_change: Callable[[bool], None]) -> None:
@@ -29,7 +30,7 @@ class Breaker:
             probe: asks the store for something; may block. Returns whether it answered.
             on_change: is told the new `is_open`, on any thread, without a lock.
         """
-        self.is_open = True
+        self.is_open, self.opened_at = True, time.monotonic()
         self._probe = probe
         self._on_change = on_change
         self._wake = threading.Condition()
@@ -49,7 +50,7 @@ class Breaker:
                 return
             is_relapse = time.monotonic() - self._closed_at < RELAPSE_S
             self._hold_s = min(2 * self._hold_s, HOLD_MAX_S) if is_relapse and self._hold_s else PROBE_INTERVAL_S
-            self.is_open = True
+            self.is_open, self.opened_at = True, time.monotonic()
             self._wake.notify()
         self._on_change(True)
 

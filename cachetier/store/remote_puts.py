@@ -3,8 +3,9 @@
 Locking design: the queues and the counters are guarded by the store's lock. A thread takes a group under the lock (its
 chunks are pinned since they were offered) and puts it without the lock.
 
-Bounds: the queue, with what is being put, holds at most `limit_bytes` of frames. What is offered beyond that, or while
-the breaker is open, stays on this node and is counted: engines never wait for the remote store, and a cache may forget.
+Bounds: the queue, with what is being put, holds at most `limit_bytes` of frames. What is offered beyond that stays on
+this node and is counted: engines never wait for the remote store, and a cache may forget. While the breaker is open the
+queue waits, but not for longer than OPEN_LIMIT_S, for its frames cannot be evicted.
 """
 
 import logging
@@ -24,6 +25,7 @@ from cachetier.store.remote_gets import extents
 THREADS = 2
 GROUP_CHUNKS = 64
 GROUP_BYTES = 16 << 20
+OPEN_LIMIT_S = 5.0
 FULL_WAIT_S = 0.1  # a full store makes room in the background, and says so only by having it the next time
 FORGOTTEN_MAX = 4096
 
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 class Putter:
     """The queue in front of the remote store, and the threads that empty it."""
 
-    def __init__(self, books: Books, store: RemoteStore, breaker: Breaker, limit_bytes: int, head_bytes: int) -> None:
+    def __init__(self, books: Books, store: RemoteStore, breaker: Breaker, limit_bytes: int) -> None:
         self._wake = threading.Condition(books.lock)
         self._table = books.table
         self._counters = books.counters
@@ -41,7 +43,6 @@ class Putter:
         self._store = store
         self._breaker = breaker
         self._limit_bytes = limit_bytes
-        self._head_bytes = head_bytes
         self._queue: deque[HostChunk] = deque()
         self._queued_bytes = 0
         self._forgotten: OrderedDict[ChainKey, None] = OrderedDict()
@@ -59,7 +60,7 @@ class Putter:
     def offer(self, chunk: HostChunk) -> None:
         """Queue a chunk that has just become READY (lock held), or drop the offer."""
         size = chunk.tiling.total_frame_bytes
-        if self._is_stopping or self._breaker.is_open or self._queued_bytes + size > self._limit_bytes:
+        if self._is_stopping or self._is_hopeless() or self._queued_bytes + size > self._limit_bytes:
             self._counters.remote_puts_dropped += 1
             return
         chunk.pins += 1
@@ -79,13 +80,21 @@ class Putter:
         """Tell whether a chunk is damaged there and not deleted yet (any thread)."""
         return key in self._forgotten
 
+    def expire(self) -> None:
+        """Give up what is queued when the breaker has been open for long (lock held); call it about once a second."""
+        if self._is_hopeless():
+            self._drop_queued()
+
+    def resume(self) -> None:
+        """Go on, because the breaker has closed."""
+        with self._wake:
+            self._wake.notify_all()
+
     def stop(self, timeout_s: float) -> None:
         """Give up what is queued and end the threads, waiting for them for at most `timeout_s` each."""
         with self._wake:
             self._is_stopping = True
-            while self._queue:
-                self._counters.remote_puts_dropped += 1
-                self._finish(self._queue.popleft())
+            self._drop_queued()
             self._wake.notify_all()
         for thread in self._threads:
             thread.join(timeout_s)
@@ -93,7 +102,7 @@ class Putter:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._queue or self._to_delete or self._is_stopping):
+                while not (self._is_stopping or ((self._queue or self._to_delete) and not self._breaker.is_open)):
                     self._wake.wait()
                 if self._is_stopping:
                     return
@@ -115,13 +124,21 @@ class Putter:
         size = 0
         while self._queue and len(group) < GROUP_CHUNKS and size < GROUP_BYTES:
             chunk = self._queue.popleft()
-            if chunk.state is ChunkState.READY and not self._breaker.is_open:
+            if chunk.state is ChunkState.READY:
                 group.append(chunk)
                 size += chunk.tiling.total_frame_bytes
-            else:  # invalidated while it waited, or nobody to give it to
+            else:  # invalidated while it waited
                 self._counters.remote_puts_dropped += 1
                 self._finish(chunk)
         return group
+
+    def _is_hopeless(self) -> bool:
+        return self._breaker.is_open and time.monotonic() - self._breaker.opened_at >= OPEN_LIMIT_S
+
+    def _drop_queued(self) -> None:
+        while self._queue:
+            self._counters.remote_puts_dropped += 1
+            self._finish(self._queue.popleft())
 
     def _finish(self, chunk: HostChunk) -> None:
         self._queued_bytes -= chunk.tiling.total_frame_bytes

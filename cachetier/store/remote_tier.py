@@ -31,6 +31,7 @@ from cachetier.store.remote_puts import Putter
 PROBE_KEY = "cachetier/probe"
 LOOK_UP_FIRST, LOOK_UP_CHUNKS = 8, 64  # most prompts that are not held here are held nowhere
 LOOK_UP_THREADS = 8
+QUEUE_SHARE = 4  # of the arena, whose frames cannot be evicted while they wait
 BODY_BYTES_MAX = 2048  # of what is in a header besides tokens and extras: some 80 ranks
 STOP_TIMEOUT_S = 0.5
 
@@ -62,7 +63,8 @@ class RemoteTier:
         self._breaker = Breaker(self._probe, self._tell)
         self._calls = CallPool("remote-look-up", LOOK_UP_THREADS)
         self.fetcher = Fetcher(books, self._store, self._breaker, flusher, arena.frame, config.io_threads)
-        self.putter = Putter(books, self._store, self._breaker, config.remote_queue_bytes, self._head_bytes)
+        limit_bytes = min(config.remote_queue_bytes, arena.data_bytes // QUEUE_SHARE)
+        self.putter = Putter(books, self._store, self._breaker, limit_bytes)
 
     def start(self) -> None:
         """Start the threads."""
@@ -124,6 +126,7 @@ class RemoteTier:
     def expire(self) -> None:
         """Give up what takes too long (lock held); call it about once a second."""
         self.fetcher.expire(time.monotonic())
+        self.putter.expire()
 
     def stop(self) -> None:
         """End the threads, but for those that hang in a call, and close the store."""
@@ -142,6 +145,7 @@ class RemoteTier:
             log.warning("the remote store %s failed or is too slow: it is left alone until it answers", self._url)
         else:
             log.info("the remote store %s answers", self._url)
+            self.putter.resume()
 
     def _note_failure(self) -> None:
         self._breaker.fail()

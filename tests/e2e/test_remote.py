@@ -13,8 +13,9 @@ from tests.remote.masters import Master
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
 LONG = 3000
-# What a broken store may add to an answer: one look-up's deadline, one load's patience, and this machine's noise.
-DELAY_S = 3.0
+# What a broken store may add to an answer: one look-up's deadline, one load's patience, and a busy machine's noise.
+LOOK_UP_MS, MATCH_MS, LOAD_MS = 500, 1500, 1500
+DELAY_S = 5.0
 
 
 class Node:
@@ -22,7 +23,7 @@ class Node:
 
     def __init__(self, folder, namespace: str, remote: str, secret: str, **settings) -> None:
         folder.mkdir()
-        options = ("--remote", remote, "--secret-file", secret)
+        options = ("--remote", remote, "--secret-file", secret, "--remote-deadline-ms", str(LOOK_UP_MS))
         self.server = Server(folder, *options, prefix=inside(namespace))
         self._folder, self._settings = folder, settings
         self._num_asked = 0
@@ -92,7 +93,9 @@ def test_two_nodes_share_what_one_has_stored_also_after_the_master_was_killed_an
         first, second = net.add_node("first"), net.add_node("second")
         master = Master(tmp_path / "master.log", HUB_ADDRESS, inside(net.hub))
         producer = Node(tmp_path / "first", first, master.url, str(secret), **PATIENT)
-        consumer = Node(tmp_path / "second", second, master.url, str(secret))
+        consumer = Node(
+            tmp_path / "second", second, master.url, str(secret), match_deadline_ms=MATCH_MS, load_deadline_ms=LOAD_MS
+        )
         with running(producer.server, consumer.server):
             producer.start_engine()
             consumer.start_engine()

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 
 def free_port() -> int:
     """Return a port that nobody listens on."""
@@ -17,11 +19,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def need_mooncake() -> None:
+    """Skip the test where Mooncake cannot be had, and say what is missing."""
+    try:
+        import mooncake.store  # noqa: F401
+    except ImportError as error:
+        pytest.skip(f"Mooncake cannot be imported: {error} (apt-get install libibverbs1 libnuma1 libcurl4)")
+
+
 class Master:
     """The process, which can be killed, stopped and started again at the same address."""
 
     def __init__(self, log: Path, address: str = "127.0.0.1", prefix: tuple[str, ...] = ()) -> None:
         """Start it; `prefix` is put before the command, to run it in a network namespace."""
+        need_mooncake()
         self.address, self.port, self._metrics_port = address, free_port(), free_port()
         self._log, self._prefix = log, prefix
         self._process: subprocess.Popen | None = None

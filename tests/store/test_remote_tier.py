@@ -9,7 +9,7 @@ import pytest
 from cachetier.core.errors import ConfigError
 from cachetier.core.messages import TIER_HOST, TIER_REMOTE, Invalidate, Match, Trim
 from cachetier.storage.records import unpack_header
-from cachetier.store import remote_gets, remote_tier
+from cachetier.store import remote_gets, remote_puts, remote_tier
 from cachetier.store.store import Store
 from tests.remote.dict_store import DictStore, Shared
 from tests.store.chunks import BIG, CHUNK_TOKENS
@@ -30,7 +30,8 @@ def open_node(tmp_path, shared, clock):
     opened, numbers = [], itertools.count()
 
     def open_one(**settings):
-        settings = {"remote_deadline_ms": 2000.0, "secret_file": str(tmp_path / "secret")} | settings
+        secret = str(tmp_path / "secret")
+        settings = {"host_bytes": 16 * MIB, "remote_deadline_ms": 2000.0, "secret_file": secret} | settings
         config = make_config(tmp_path / f"node{next(numbers)}", **settings)
         opened.append(Store(config, clock=clock, remote=lambda memory: DictStore(shared, memory)))
         eventually(lambda: opened[-1].stats().remote_available or shared.is_dead)
@@ -91,10 +92,11 @@ def test_what_one_node_stores_another_one_loads(shared, producer, consumer, num_
 def test_what_was_got_is_an_ordinary_chunk_from_then_on_and_is_not_put_again(shared, producer, consumer):
     put(producer, shared)
     engine = Engine(consumer)
-    assert engine.load(PROMPT) == 4
+    reply = engine.match(PROMPT)
+    assert engine.check(reply) == [True] * 4
     assert engine.match(PROMPT).tiers == bytes([TIER_HOST] * 4)
-    assert consumer.flush(10)
-    assert consumer.stats().chunks_durable == 4
+    eventually(lambda: consumer.flush(10) and consumer.stats().chunks_durable == 4)
+    engine.release(reply)
     assert consumer.stats().bytes.remote.put == 0
 
 
@@ -153,6 +155,7 @@ def test_another_chunk_under_the_key_is_a_miss(shared, producer, consumer):
     for name in shared.values:
         shared.values[name] = alien
     assert Engine(consumer).load(PROMPT) == 0
+    assert consumer.stats().bytes.host.used == 0, "it was fetched"
 
 
 def test_damaged_bytes_are_found_deleted_not_looked_at_again_and_stored_anew(shared, producer, consumer):
@@ -182,6 +185,7 @@ def test_a_store_that_cannot_delete_a_damaged_value_is_not_believed_about_it(sha
     shared.keeps_all = True
     invalidate(engine, keys[0])
     eventually(lambda: "delete" in shared.calls)
+    eventually(lambda: consumer.stats().remote_failures == 1 and consumer.stats().remote_available)
     assert engine.load(PROMPT) == 0
 
 
@@ -270,7 +274,7 @@ def test_what_waits_behind_a_get_that_hangs_is_given_up_too(shared, producer, op
 
 def test_chunks_that_nobody_wants_any_more_are_not_fetched(shared, producer, open_node):
     put(producer, shared, tokens_of(*range(12)), layout=BIG)
-    engine = Engine(open_node(io_threads=1, host_bytes=16 * MIB), layout=BIG)
+    engine = Engine(open_node(io_threads=1), layout=BIG)
     assert engine.load(tokens_of(0)) == 1
     shared.gate.clear()
     blocking = engine.match(tokens_of(0, 1))
@@ -299,6 +303,32 @@ def test_a_full_queue_drops_offers_counts_them_and_keeps_nobody_waiting(shared, 
     eventually(lambda: len(shared.values) == 6)
 
 
+def test_what_is_stored_while_the_store_is_gone_is_put_when_it_is_back(shared, producer):
+    shared.is_dead = True
+    engine = Engine(producer)
+    engine.match(tokens_of(9))
+    assert not producer.stats().remote_available
+    engine.put(PROMPT)
+    producer.expire()
+    shared.is_dead = False
+    eventually(lambda: len(shared.values) == 4)
+    assert producer.stats().remote_puts_dropped == 0
+
+
+def test_what_waits_for_too_long_is_dropped_and_its_frames_can_be_evicted(shared, producer, monkeypatch):
+    shared.is_dead = True
+    engine = Engine(producer)
+    engine.match(tokens_of(9))
+    engine.put(PROMPT)
+    monkeypatch.setattr(remote_puts, "OPEN_LIMIT_S", 0.0)
+    producer.expire()
+    assert producer.stats().remote_puts_dropped == 4
+    producer.flush(10)
+    assert all(chunk.pins == 0 for chunk in producer._books.table.chunks.values())
+    engine.put(tokens_of(5, 6))
+    assert producer.stats().remote_puts_dropped == 6
+
+
 def test_a_full_store_is_tried_again_once_and_is_no_failure(shared, producer):
     shared.is_full = True
     Engine(producer).put(PROMPT)
@@ -319,7 +349,8 @@ def test_a_chunk_that_another_node_has_put_is_not_put_again(shared, producer, co
     assert consumer.stats().remote_puts_dropped == 0
 
 
-def test_a_store_that_is_dead_from_the_start_keeps_nobody_from_opening_and_closing(shared, open_node):
+def test_a_store_that_is_dead_from_the_start_keeps_nobody_from_opening_and_closing(shared, open_node, monkeypatch):
+    monkeypatch.setattr(remote_puts, "OPEN_LIMIT_S", 0.0)
     shared.is_dead = True
     store = open_node()
     engine = Engine(store)
