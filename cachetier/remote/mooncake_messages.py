@@ -66,7 +66,7 @@ class Reply(msgspec.Struct, frozen=True):
 
     Attributes:
         id: of the request; 0: the client is set up.
-        codes: Mooncake's number for each key, made 0 for those that worked, 1 for exists: it is not there.
+        codes: 0 for each key that worked, Mooncake's error for the others; none at all: the batch failed.
         heads: read_heads: the first bytes of each value.
     """
 
