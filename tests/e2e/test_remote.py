@@ -72,7 +72,7 @@ def assert_loaded_from_afar(node: Node, prompts: list[dict], expected: list[dict
     """Ask prompts of which another node has stored everything."""
     before = node.remote_hits()
     answers = node.ask(prompts)
-    assert [answer["cached"] for answer in answers] == [loadable(prompt) for prompt in prompts]
+    assert [answer["cached"] for answer in answers] == [loadable(prompt) for prompt in prompts], node.server.peek()
     assert node.remote_hits() - before == sum(map(loadable, prompts))
     assert_same_answers(answers, expected, NOISE)
 
@@ -119,10 +119,11 @@ def assert_found_again(producer: Node, consumer: Node, seed: int) -> None:
 
 
 def _play(net, master, producer, consumer) -> None:
+    for node in (producer, consumer):
+        node.wait_until(is_available=True)
     prompts = [prompt_of(seed, length) for seed, length in ((10, 700), (11, 300), (12, LONG))]
     expected = consumer.plain(prompts)
     producer.produce(prompts)
-    # The break-even would compute what it does not know to be faster; a first load tells it.
     assert_loaded_from_afar(consumer, prompts, expected)
 
     # The master is killed: both go on alone, and find each other again when there is one.
