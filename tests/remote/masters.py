@@ -59,7 +59,9 @@ class Master:
         deadline = time.monotonic() + 20
         knock = f"import socket; socket.create_connection(('{self.address}', {self.port}), 1)"
         while subprocess.run([*self._prefix, sys.executable, "-c", knock], check=False, capture_output=True).returncode:
-            assert time.monotonic() < deadline, self._log.read_text()[-2000:]
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(self._log.read_text()[-2000:])
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
