@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= tests/model
 
-.PHONY: help venv demo test check format bench clean
+.PHONY: help venv system demo test check format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -24,11 +24,17 @@ $(VENV)/.complete: pyproject.toml requirements-engine.txt
 	$(BIN)/python -c 'import vllm, transformers, cachetier, cachetier_connector, cachetier_blend'
 	touch $@
 
+# Mooncake links these; pip does not bring them. The remote tier's tests also make network namespaces, with `ip`.
+system: venv
+	@{ $(BIN)/python -c 'import mooncake.store' && command -v ip; } >/dev/null 2>&1 \
+	    || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y libibverbs1 libnuma1 libcurl4 iproute2; } \
+	    || echo "Tests of the remote tier will be skipped. Run as root: apt-get install libibverbs1 libnuma1 libcurl4 iproute2"
+
 demo: venv ## Show hits from memory and from disk on a real vLLM (MODEL=any Hugging Face name or folder)
 	$(BIN)/python bench/demo.py --model $(MODEL)
 
 # Three at once, even on two cores, for tests also wait; a thread each, for torch's own would get in one another's way.
-check: venv ## Lint, types and the tests that need no engine (under 3 minutes)
+check: venv system ## Lint, types and the tests that need no engine (under 3 minutes)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

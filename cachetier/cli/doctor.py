@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from cachetier.cli.doctor_checks import CHECKS, Status
+from cachetier.cli.doctor_remote import check_remote
 from cachetier.core.config import default_data_dir
 
 
@@ -15,6 +16,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "doctor", help="check what will limit the cache on this machine", description=__doc__
     )
     parser.add_argument("--data-dir", metavar="DIR", help="folder of the disk tier (default ~/.cache/cachetier)")
+    parser.add_argument("--remote", metavar="URL", help="also check this remote store, as given to `serve`")
     parser.add_argument("--json", action="store_true", help="print JSON: a list of status, name, text, advice")
     return parser
 
@@ -23,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
     """Print one line a check; return 1 if one of them failed."""
     data_dir = args.data_dir or default_data_dir()
     results = [check(data_dir) for check in CHECKS]
+    if args.remote:
+        results.append(check_remote(args.remote))
     if args.json:
         print(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
     else:

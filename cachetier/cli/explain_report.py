@@ -10,10 +10,10 @@ from itertools import chain
 
 from cachetier.cli.explain_search import NearMiss, Place
 from cachetier.core.document_messages import DocumentInfo, DocumentRun
-from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, MatchReply
+from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, TIER_REMOTE, MatchReply
 from cachetier_blend.plan import BlendPlan, DocumentHit, DocumentLoad, Run, plan_blend
 
-TIER_NAMES = {TIER_HOST: "host memory", TIER_DISK: "disk", TIER_GPU: "device memory"}
+TIER_NAMES = {TIER_HOST: "host memory", TIER_DISK: "disk", TIER_GPU: "device memory", TIER_REMOTE: "the remote store"}
 OTHER_SALT = "not for this prompt: registered with another cache_salt"
 BLENDING_NOTE = (
     "Documents are loaded only where blending is on: the engine's setting `blend` and the request decide, with "

@@ -87,7 +87,7 @@ def _metavar(field: "dataclasses.Field[Any]") -> str:
         return "|".join(field.metadata["choices"])
     if field.metadata.get("size"):
         return "SIZE"
-    metavars: dict[Any, str] = {int: "N", float: "X", "tcp": "HOST:PORT", "data_dir": "DIR"}
+    metavars: dict[Any, str] = {int: "N", float: "X", "tcp": "HOST:PORT", "data_dir": "DIR", "remote": "URL"}
     return metavars.get(field.type, metavars.get(field.name, "FILE"))
 
 

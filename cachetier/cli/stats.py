@@ -13,6 +13,7 @@ from cachetier.core.units import format_bytes
 TIMEOUT_S = 5.0
 WATCH_S = 1.0
 TIERS = ("gpu", "host", "disk")
+HIT_TIERS = (*TIERS, "remote")
 CHUNKS = (("in device memory", "chunks_gpu"), ("in memory", "chunks_host"), ("durable", "chunks_durable"))
 CLEAR_SCREEN = "\033[H\033[2J"
 
@@ -50,7 +51,7 @@ def as_text(stats: dict[str, Any]) -> str:
     """Return the statistics for people."""
     tokens = stats["tokens"]
     queried = tokens["queried"]
-    hits = "  ".join(f"{tier} {_share(tokens['hit'][tier], queried)}" for tier in TIERS)
+    hits = "  ".join(f"{tier} {_share(tokens['hit'][tier], queried)}" for tier in HIT_TIERS)
     rows = [
         ("tokens asked for", f"{queried:,}"),
         ("of these loaded", hits),
@@ -58,6 +59,7 @@ def as_text(stats: dict[str, Any]) -> str:
         ("blends checked", _checked(stats["blend"])),
         ("tokens stored", f"{tokens['stored']:,}"),
         *((f"{tier} used", _filled(stats["bytes"][tier])) for tier in TIERS),
+        ("remote", _remote(stats)),
         ("chunks", f"{stats['chunks']:,}  " + "  ".join(f"{name} {stats[key]:,}" for name, key in CHUNKS)),
         ("leases", f"{stats['leases']:,} in {stats['sessions']:,} sessions"),
         ("computed, not loaded", f"{stats['tokens_cut']:,} tokens of {stats['hits_cut']:,} hits: that was faster"),
@@ -72,9 +74,21 @@ def as_text(stats: dict[str, Any]) -> str:
 
 def _speeds(stats: dict[str, Any]) -> str:
     """Return what breaking even depends on, as far as it was measured."""
-    tokens_per_s, disk = stats["tokens_per_s"], stats["disk_bytes_per_s"]
+    tokens_per_s = stats["tokens_per_s"]
+    tiers = [(tier, int(stats[f"{tier}_bytes_per_s"])) for tier in ("disk", "remote")]
     known = [f"{work} {tokens_per_s[work]:,.0f} tokens/s" for work in ("prefill", "load") if tokens_per_s[work]]
-    return "  ".join([*known, *([f"disk {format_bytes(int(disk))}/s"] if disk else [])]) or "not measured yet"
+    known += [f"{tier} {format_bytes(speed)}/s" for tier, speed in tiers if speed]
+    return "  ".join(known) or "not measured yet"
+
+
+def _remote(stats: dict[str, Any]) -> str:
+    """Return what went to the remote store and came from there."""
+    moved = stats["bytes"]["remote"]
+    state = "in use" if stats["remote_available"] else "none that answers"
+    return (
+        f"{state}  put {format_bytes(moved['put'])}  got {format_bytes(moved['got'])}  "
+        f"failures {stats['remote_failures']:,}  chunks not put {stats['remote_puts_dropped']:,}"
+    )
 
 
 def _blended(stats: dict[str, Any]) -> str:

@@ -53,6 +53,22 @@ class ServerConfig:
     lease_ttl_s: float = setting(30.0, "a lease that its owner neither renews nor releases expires after so long")
     tenant_quota: float = setting(1.0, "largest share of the host tier that one namespace and salt may take, 0 to 1")
     io_threads: int = setting(4, "threads that read from disk at the same time")
+    remote: str = setting(
+        "",
+        "store that servers of several nodes share: mooncake://MASTER_HOST:PORT or s3://BUCKET/PREFIX; none if empty",
+    )
+    secret_file: str = setting(
+        "",
+        "file with the 64 hexadecimal digits that chain keys are made with; servers find each other's chunks in a "
+        "remote store only if they were given the same (default: made at first start)",
+    )
+    remote_deadline_ms: float = setting(100.0, "how long a match may wait for the remote store to say what it holds")
+    remote_queue_bytes: int = setting(
+        256 * MIB,
+        "most bytes of the host tier that wait to be put into the remote store, a quarter of the host tier if that is "
+        "less; what is beyond that is not put there",
+        size=True,
+    )
     log_level: str = setting("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
@@ -84,6 +100,8 @@ class ServerConfig:
             raise ConfigError(f"lease_ttl_s is {self.lease_ttl_s}; it must be between 1 and 3600")
         if not 1 <= self.io_threads <= 64:
             raise ConfigError(f"io_threads is {self.io_threads}; it must be between 1 and 64")
+        if not 1 <= self.remote_deadline_ms <= 60_000:
+            raise ConfigError(f"remote_deadline_ms is {self.remote_deadline_ms}; it must be between 1 and 60000")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

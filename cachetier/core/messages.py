@@ -18,6 +18,8 @@ MAX_BODY_BYTES = 64 << 20
 TIER_HOST = 1
 TIER_DISK = 2
 TIER_GPU = 3  # in host memory too
+TIER_REMOTE = 4
+LATE_TIERS = (TIER_DISK, TIER_REMOTE)  # their chunks are on their way to host memory, see `MatchReply.ready_in_s`
 
 # What became of a chunk of a reserve, one byte a chunk in `ReserveReply.outcomes`.
 RESERVE_FILL = 0  # a frame is yours: fill it, then commit
@@ -116,14 +118,14 @@ class MatchReply(Message, frozen=True):
         lease: id of the lease, 0 when nothing is held.
         num_chunks: leading chunks held completely.
         keys: chain keys of all complete chunks of the prompt, held or not.
-        tiers: one byte a held chunk, TIER_GPU, TIER_HOST or TIER_DISK.
+        tiers: one byte a held chunk, TIER_GPU, TIER_HOST, TIER_DISK or TIER_REMOTE.
         tilings: the distinct ways in which the held chunks are cut into objects.
         tiling_of: one byte a held chunk, an index into `tilings`.
         frames: arena offsets of the objects, chunk by chunk in the order of its tiling; for a chunk in `segments`,
             offsets of its frames in that file.
         checksums: their checksums, in the same order.
         num_pending: how many chunks after the held ones are being stored now.
-        ready_in_s: for each TIER_DISK chunk, in how many seconds it should be in its frames, by what the disk gave
+        ready_in_s: for each chunk of LATE_TIERS, in how many seconds it should be in its frames, by what its tier gave
             lately and what it was asked for before; empty while its speed is not known.
         segments: paths of segment files that the engine is to read itself.
         segment_of: for each held chunk the number of its file in `segments`, from 1 on, 0: it is in the arena; empty
@@ -172,12 +174,14 @@ class LeaseUse(Message, frozen=True):
         host_tokens: tokens that were loaded from chunks with TIER_HOST and used.
         disk_tokens: the same for TIER_DISK.
         gpu_tokens: the same for TIER_GPU.
+        remote_tokens: the same for TIER_REMOTE.
     """
 
     lease: int
     host_tokens: int = 0
     disk_tokens: int = 0
     gpu_tokens: int = 0
+    remote_tokens: int = 0
 
 
 class Release(Message, frozen=True):

@@ -1,7 +1,8 @@
 """The HTTP application: messages in, store calls, replies out. Everything runs on the event loop's thread.
 
 Store calls are short and touch memory only, so they run right here, those in `SLOW` excepted; a thread hand-over would
-cost more than most of them. Requests are never logged with their bodies, which hold prompts and salts.
+cost more than most of them. What a call cannot do without waiting it returns as a function, for another thread.
+Requests are never logged with their bodies, which hold prompts and salts.
 """
 
 import asyncio
@@ -49,6 +50,7 @@ BODY_TYPES = ("application/msgpack", "application/x-msgpack")
 SLOW = (ListDocuments,)  # looks up on disk what it lists
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Call = Callable[[Any], Message | Callable[[], Message]]
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +73,10 @@ class Service:
         middlewares = [_authorized(token), _errors_as_json] if token else [_errors_as_json]
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
         store = self.store
-        calls: dict[type[Message], Callable[[Any], Message]] = {
+        calls: dict[type[Message], Call] = {
             OpenSession: store.open_session,
             RegisterNamespace: store.register_namespace,
-            Match: store.match,
+            Match: store.begin_match,
             Trim: store.trim,
             Release: store.release,
             Renew: store.renew,
@@ -105,7 +107,7 @@ class Service:
         app.router.add_get("/metrics", self._metrics)
         return app
 
-    def _message_handler(self, kind: type[Message], call: Callable[[Any], Message]) -> Handler:
+    def _message_handler(self, kind: type[Message], call: Call) -> Handler:
         observe = self.metrics.observer(kind.__name__)
 
         async def handle(request: web.Request) -> web.Response:
@@ -116,7 +118,10 @@ class Service:
             body = await request.read()
             start = time.perf_counter()
             message = decode(kind, body)
-            reply = encode(await asyncio.to_thread(call, message) if kind in SLOW else call(message))
+            answer = await asyncio.to_thread(call, message) if kind in SLOW else call(message)
+            if callable(answer):  # it waits for another node; shielded, because it has to run to its end
+                answer = await asyncio.shield(asyncio.to_thread(answer))
+            reply = encode(answer)
             observe(time.perf_counter() - start)
             return web.Response(body=reply, content_type=BODY_TYPES[0])
 

@@ -33,6 +33,7 @@ METRICS = (
     Metric("tokens.hit.gpu", "cachetier_tokens_hit_total", "Tokens loaded and used.", ("tier", "gpu")),
     Metric("tokens.hit.host", "cachetier_tokens_hit_total", "Tokens loaded and used.", ("tier", "host")),
     Metric("tokens.hit.disk", "cachetier_tokens_hit_total", "Tokens loaded and used.", ("tier", "disk")),
+    Metric("tokens.hit.remote", "cachetier_tokens_hit_total", "Tokens loaded and used.", ("tier", "remote")),
     Metric("tokens.stored", "cachetier_tokens_stored_total", "Tokens of chunks that became ready."),
     Metric("tokens.blend.loaded", "cachetier_tokens_blend_loaded_total", "Tokens loaded from documents in prompts."),
     Metric("tokens.blend.computed", "cachetier_tokens_blend_computed_total", "Tokens computed between these."),
@@ -46,6 +47,8 @@ METRICS = (
     Metric("bytes.gpu.limit", "cachetier_tier_limit_bytes", "Most bytes the tier may use.", ("tier", "gpu")),
     Metric("bytes.host.limit", "cachetier_tier_limit_bytes", "Most bytes the tier may use.", ("tier", "host")),
     Metric("bytes.disk.limit", "cachetier_tier_limit_bytes", "Most bytes the tier may use.", ("tier", "disk")),
+    Metric("bytes.remote.put", "cachetier_remote_put_bytes_total", "Bytes put into the remote store."),
+    Metric("bytes.remote.got", "cachetier_remote_got_bytes_total", "Bytes got from the remote store."),
     Metric("chunks", "cachetier_chunks", "Distinct chunks held."),
     Metric("chunks_gpu", "cachetier_chunks_gpu", "Chunks with a copy in a pool in device memory."),
     Metric("chunks_host", "cachetier_chunks_host", "Chunks ready in host memory."),
@@ -67,6 +70,8 @@ METRICS = (
     Metric("tokens_per_s.prefill", "cachetier_engine_tokens_per_second", "As an engine measured it.", PREFILL),
     Metric("tokens_per_s.load", "cachetier_engine_tokens_per_second", "As an engine measured it.", LOAD),
     Metric("disk_bytes_per_s", "cachetier_disk_read_bytes_per_second", "How fast the disk gave chunks lately."),
+    Metric("remote_bytes_per_s", "cachetier_remote_read_bytes_per_second", "How fast the remote store gave chunks."),
+    Metric("remote_available", "cachetier_remote_available", "Whether the remote store is used now, 0 or 1."),
     Metric("host_evicted", "cachetier_host_evicted_total", "Chunks evicted from the host tier."),
     Metric("promoted", "cachetier_promoted_total", "Chunks read from disk into host memory."),
     Metric("promotions_failed", "cachetier_promotions_failed_total", "Chunks whose reading failed."),
@@ -75,6 +80,8 @@ METRICS = (
     Metric("flushes_failed", "cachetier_flushes_failed_total", "Chunks that the disk tier did not take."),
     Metric("flushes_dropped", "cachetier_flushes_dropped_total", "Chunks not flushed because the backlog was full."),
     Metric("leases_expired", "cachetier_leases_expired_total", "Leases that ended without being released."),
+    Metric("remote_failures", "cachetier_remote_failures_total", "Calls to the remote store that failed or were late."),
+    Metric("remote_puts_dropped", "cachetier_remote_puts_dropped_total", "Chunks that were not put there."),
 )
 DISK_COUNTERS = "cachetier_disk_events_total"
 

@@ -41,13 +41,14 @@ class Arena:
     Not thread-safe: the store calls it under its lock. `frame` and the bytes it returns may be used on any thread.
 
     Attributes:
+        path: the file.
         data_bytes: size of the data area.
         largest_frame_bytes: the largest frame that `allocate` can ever give.
     """
 
     def __init__(self, path: str, descriptor: int, file_bytes: int, instance: bytes) -> None:
         """Take over the open, empty file; `create` is the way to make an arena."""
-        self._path = path
+        self.path = path
         self._inode = os.fstat(descriptor).st_ino
         self._geometry = geometry_for(file_bytes, instance)
         self._map = mmap.mmap(descriptor, self._geometry.file_bytes)
@@ -96,6 +97,11 @@ class Arena:
     def file_bytes(self) -> int:
         """Size of the file that workers map."""
         return self._geometry.file_bytes
+
+    @property
+    def data_offset(self) -> int:
+        """Where in the file the data area begins."""
+        return self._geometry.data_offset
 
     @property
     def used_bytes(self) -> int:
@@ -208,8 +214,8 @@ class Arena:
         self._view.release()
         with contextlib.suppress(BufferError):  # somebody still holds a frame: the memory goes with the last of them
             self._map.close()
-        if os.path.lexists(self._path) and os.stat(self._path).st_ino == self._inode:
-            os.unlink(self._path)
+        if os.path.lexists(self.path) and os.stat(self.path).st_ino == self._inode:
+            os.unlink(self.path)
 
     def _num_units(self, frame_bytes: int) -> int:
         """Return how many units a slab of this class has."""

@@ -59,13 +59,14 @@ class DataDir:
             StorageError: others can read it, or it is unusable.
             InUseError: another process has locked it; the text names its pid.
             FormatError: it has another format version, or was made for another number of tokens a chunk.
+            ConfigError: `secret_file` is unusable, or has another secret than the folder.
         """
         try:
             path = _make_folder(config.data_dir)
             data_dir = cls(path, _lock(path))
             try:
                 _check_meta(path, config)
-                data_dir.secret = _read_secret(path)
+                data_dir.secret = _read_secret(path, config.secret_file)
                 for name in ("index", "segments"):
                     os.makedirs(os.path.join(path, name), mode=0o700, exist_ok=True)
             except BaseException:
@@ -204,15 +205,34 @@ def _check_meta(path: str, config: ServerConfig) -> None:
         replace_file(FileLayer(), os.path.join(path, "meta.json"), text.encode())
 
 
-def _read_secret(path: str) -> bytes:
-    """Return the secret; a damaged one is replaced, and everything stored under it is out of reach."""
+def _read_secret(path: str, given_file: str) -> bytes:
+    """Return the secret, a new or given one at first; a damaged one is replaced, what was stored under it is lost."""
+    given = _given_secret(given_file) if given_file else b""
     file = os.path.join(path, "secret")
     data = read_file(FileLayer(), file)
     secret = data[:SECRET_BYTES]
     if len(data) == SECRET_BYTES + 8 and data[SECRET_BYTES:] == xxhash.xxh64_digest(secret):
+        if given and given != secret:
+            raise ConfigError(
+                f"the data directory {path} was made with another secret than that in secret_file {given_file}, with "
+                "which nothing in it could be found: use the file that it was made with, or another data directory"
+            )
         return secret
     if data:
         _log.warning("the secret in %s is damaged: starting with an empty cache", path)
-    secret = secrets.token_bytes(SECRET_BYTES)
+    secret = given or secrets.token_bytes(SECRET_BYTES)
     replace_file(FileLayer(), file, secret + xxhash.xxh64_digest(secret))
+    return secret
+
+
+def _given_secret(path: str) -> bytes:
+    try:
+        with open(path, encoding="ascii") as file:
+            secret = bytes.fromhex(file.read())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"secret_file {path}: {error}") from error
+    if len(secret) != SECRET_BYTES:
+        raise ConfigError(
+            f"secret_file {path} must hold {2 * SECRET_BYTES} hexadecimal digits; make one with `openssl rand -hex 32`"
+        )
     return secret

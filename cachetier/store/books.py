@@ -12,7 +12,7 @@ import msgspec
 
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import TOKEN_BYTES, ChainHasher, contents_of
-from cachetier.core.messages import MAX_CHUNKS
+from cachetier.core.messages import MAX_CHUNKS, Report
 from cachetier.storage.arena import Arena
 from cachetier.storage.disk import DiskTier
 from cachetier.store.direct import DirectReaders
@@ -27,6 +27,7 @@ from cachetier.store.stats import (
     BlendChecks,
     Counters,
     EngineSpeeds,
+    MovedBytes,
     RequestCounts,
     Stats,
     TierBytes,
@@ -60,6 +61,7 @@ class Books:
     requests: RequestCounts = field(default_factory=RequestCounts)
     blend: BlendChecks = field(default_factory=BlendChecks)
     speeds: EngineSpeeds = field(default_factory=EngineSpeeds)
+    remote_bytes: MovedBytes = field(default_factory=MovedBytes)
 
     def contents(self, tokens: bytes, extras: list[tuple[int, bytes]], salt: str) -> list[bytes]:
         """Return the contents of the complete chunks in a message.
@@ -89,8 +91,30 @@ class Books:
         if len(salt) > SALT_LENGTH_MAX:
             raise ProtocolError(f"the salt is longer than {SALT_LENGTH_MAX} characters")
 
+    def note_report(self, message: Report) -> None:
+        """Add counters that only an engine knows (lock held)."""
+        self.counters.stores_dropped += max(message.stores_dropped, 0)
+        self.counters.loads_failed += max(message.loads_failed, 0)
+        self.counters.matches_late += max(message.matches_late, 0)
+        self.speeds.prefill = message.prefill_tokens_per_s or self.speeds.prefill
+        self.speeds.load = message.load_tokens_per_s or self.speeds.load
+        self.requests.blended += max(message.requests_blended, 0)
+        self.tokens.blend.loaded += max(message.blend_loaded_tokens, 0)
+        self.tokens.blend.computed += max(message.blend_computed_tokens, 0)
+        self.blend.checked += max(message.blends_checked, 0)
+        self.blend.agreed += max(message.blends_agreed, 0)
+        self.blend.kl += max(message.blends_kl, 0.0)
+
     def snapshot(
-        self, arena: Arena, *, instance: str, uptime_s: float, flush_backlog_bytes: int, disk_bytes_per_s: float
+        self,
+        arena: Arena,
+        *,
+        instance: str,
+        uptime_s: float,
+        flush_backlog_bytes: int,
+        disk_bytes_per_s: float,
+        remote_bytes_per_s: float,
+        is_remote_available: bool,
     ) -> Stats:
         """Return all counters and gauges as they are now (lock held)."""
         disk, table, gpu, tokens = self.disk, self.table, self.gpu, self.tokens
@@ -111,6 +135,7 @@ class Books:
                 TierBytes(gpu.used_bytes, gpu.limit_bytes),
                 TierBytes(arena.used_bytes, arena.data_bytes),
                 TierBytes(disk.used_bytes, disk.limit_bytes) if disk else TierBytes(),
+                msgspec.structs.replace(self.remote_bytes),
             ),
             chunks=table.num_host_only + num_durable,
             chunks_gpu=gpu.num_copies,
@@ -124,6 +149,8 @@ class Books:
             gpu_filled=gpu.num_filled,
             gpu_evicted=gpu.num_evicted,
             disk_bytes_per_s=disk_bytes_per_s,
+            remote_bytes_per_s=remote_bytes_per_s,
+            remote_available=int(is_remote_available),
             tokens_per_s=EngineSpeeds(self.speeds.prefill, self.speeds.load),
             host_evicted=table.num_evicted,
             disk=msgspec.structs.asdict(disk.counters) if disk else {},

@@ -16,7 +16,7 @@ class ChunkState(Enum):
     """Life of a chunk in host memory: PENDING or PROMOTING, then READY, then GONE."""
 
     PENDING = 1  # engines are filling its frames
-    PROMOTING = 2  # its frames are being read from disk
+    PROMOTING = 2  # its frames are being read from disk, or from the remote store
     READY = 3  # all objects are there
     GONE = 4  # in no table; its frames are freed when the last pin goes
     DIRECT = 5  # never in a table: a lease lets an engine read it on disk
@@ -91,14 +91,15 @@ class HostChunk:
         used_at_s: clock time of its last hit, or of its entry if there was none.
         is_durable: whether the disk tier has it too.
         is_offered: whether it waits to be written there.
+        is_remote: while PROMOTING, whether it comes from the remote tier, and not from disk.
         queued_until_bytes: while PROMOTING, how much the promoter had been asked to read in all, up to this chunk.
         copy: its copy in the GPU tier, None while there is none.
         previous, next: its neighbours in the list of its parent's children.
     """
 
     __slots__ = (
-        "age", "checksums", "content", "copy", "engine", "frames", "hits", "is_durable", "is_offered", "key",
-        "namespace", "next", "parent", "pins", "position", "previous", "queued_until_bytes", "state", "tenant",
+        "age", "checksums", "content", "copy", "engine", "frames", "hits", "is_durable", "is_offered", "is_remote",
+        "key", "namespace", "next", "parent", "pins", "position", "previous", "queued_until_bytes", "state", "tenant",
         "tiling", "used_at_s",
     )  # fmt: skip
 
@@ -132,6 +133,7 @@ class HostChunk:
         self.used_at_s = 0.0
         self.is_durable = False
         self.is_offered = False
+        self.is_remote = False
         self.queued_until_bytes = 0
         self.copy: PoolCopy | None = None
         self.previous: HostChunk | None = None

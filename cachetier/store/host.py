@@ -18,7 +18,8 @@ from collections.abc import Callable
 from cachetier.core.arena_format import STATE_BAD, STATE_READY
 from cachetier.core.keys import ChainKey
 from cachetier.storage.arena import Arena
-from cachetier.store.chunk import ChunkState, HostChunk
+from cachetier.storage.records import DiskChunk
+from cachetier.store.chunk import ChunkState, HostChunk, Tiling
 from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.s3fifo import S3Fifo
 
@@ -75,6 +76,29 @@ class HostTable:
         if first is not None:
             first.previous = chunk
         self._children[chunk.parent] = chunk
+
+    def add_to_fill(
+        self, row: DiskChunk, tenant: ChainKey, tiling: Tiling, *, is_remote: bool = False
+    ) -> HostChunk | None:
+        """Enter a PROMOTING chunk for what a slower tier says of one, with all its frames; None: there is no room."""
+        chunk = HostChunk(
+            row.key,
+            row.parent,
+            tenant=tenant,
+            namespace=row.namespace,
+            position=row.position,
+            content=row.content,
+            tiling=tiling,
+            state=ChunkState.PROMOTING,
+        )
+        chunk.is_remote = is_remote
+        chunk.checksums[:] = row.checksums
+        self.add(chunk)
+        for shard in range(len(tiling.shards)):
+            if not self.allocate(chunk, shard):
+                self.remove(chunk)
+                return None
+        return chunk
 
     def allocate(self, chunk: HostChunk, shard: int) -> bool:
         """Give the object `shard` of a chunk in the table its frame, evicting what must go; False: there is no room."""

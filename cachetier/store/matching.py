@@ -4,70 +4,70 @@ Runs on the caller's thread. A match walks the chain in the host table under the
 Where the host table ends and there is a disk tier, it looks the rest up without the lock, takes the lock again and
 gives what was found frames and a place in the promoter's queue. Hashes find a chunk; its content and its parent are
 compared, along the whole chain, before it counts.
+
+Where this node's tiers end, the remote store may have more. Asking it takes milliseconds and not microseconds, so a
+match that has to is handed back as a function, for a thread that can wait: what it pinned so far stays pinned.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 from cachetier.core.errors import ProtocolError
-from cachetier.core.keys import ChainKey
-from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, Match, MatchReply
-from cachetier.storage.disk import DiskChunk, HeldRecord
+from cachetier.core.messages import LATE_TIERS, TIER_DISK, TIER_GPU, TIER_HOST, TIER_REMOTE, Match, MatchReply
+from cachetier.storage.disk import DiskChunk
 from cachetier.store.books import Books
 from cachetier.store.chunk import HITS_MAX, ChunkState, HostChunk, Tiling
 from cachetier.store.direct import DirectChunk, name_segments
 from cachetier.store.flush import Flusher
 from cachetier.store.leases import Lease, Session
-from cachetier.store.namespaces import Namespace
 from cachetier.store.promotion import Promoter
+from cachetier.store.prompt import Prompt, tier_of
+from cachetier.store.remote_tier import RemoteTier
 
 LOOK_UP_CHUNKS = 64  # looked up at a time: the first are being read while the next are looked up
-
-
-class Prompt:
-    """A prompt's chain, how far it is held (pinned), and what a match keeps on disk meanwhile (`kept`).
-
-    `direct_bytes_per_s` is how fast the engine reads segment files itself (0: it does not), and `records` the places
-    there that it may be given.
-    """
-
-    __slots__ = ("contents", "direct_bytes_per_s", "held", "kept", "keys", "namespace", "records", "root", "tiers")
-
-    def __init__(self, namespace: Namespace, root: ChainKey, contents: list[bytes], keys: list[ChainKey]) -> None:
-        self.namespace = namespace
-        self.root = root
-        self.contents = contents
-        self.keys = keys
-        self.held: list[HostChunk] = []
-        self.tiers = bytearray()
-        self.kept: list[ChainKey] = []
-        self.direct_bytes_per_s = 0.0
-        self.records: dict[ChainKey, HeldRecord] = {}
-
-    def parent_of(self, number: int) -> ChainKey:
-        """Return the key before chunk `number`."""
-        return self.keys[number - 1] if number else self.root
-
-    def has(self, number: int, chunk: HostChunk | DiskChunk) -> bool:
-        """Tell whether `chunk`, found by its key, really is chunk `number` of the prompt."""
-        return (
-            chunk.content == self.contents[number]
-            and chunk.parent == self.parent_of(number)
-            and chunk.namespace == self.namespace.id
-        )
 
 
 class Matcher:
     """Answers `match` and ends leases to read."""
 
-    def __init__(self, books: Books, flusher: Flusher | None, promoter: Promoter | None) -> None:
+    def __init__(
+        self, books: Books, flusher: Flusher | None, promoter: Promoter | None, remote: RemoteTier | None
+    ) -> None:
         self._books = books
         self._flusher = flusher
         self._promoter = promoter
+        self._remote = remote
+
+    def begin(self, message: Match) -> MatchReply | Callable[[], MatchReply]:
+        """See `Store.begin_match`."""
+        prompt = self._prompt(message, is_counted=True)
+        if not message.lease:
+            return self._asking(prompt)
+        try:
+            self._walk_here(prompt)
+            deadline = self._remote.deadline_for(prompt) if self._remote is not None else None
+        except BaseException:
+            self._clean_up(prompt, None)
+            raise
+        if deadline is None:
+            return self._lease(message, prompt)
+        return partial(self._lease, message, prompt, deadline)
 
     def match(self, message: Match, *, is_counted: bool = True) -> MatchReply:
-        """See `Store.match`; what `is_counted` counts as tokens that were asked for."""
+        """Match on this node alone; what `is_counted` counts as tokens that were asked for."""
+        prompt = self._prompt(message, is_counted=is_counted)
+        if not message.lease:
+            return self._asking(prompt)
+        try:
+            self._walk_here(prompt)
+        except BaseException:
+            self._clean_up(prompt, None)
+            raise
+        return self._lease(message, prompt)
+
+    def _prompt(self, message: Match, *, is_counted: bool) -> Prompt:
         books = self._books
         contents = books.contents(message.tokens, message.extras, message.salt)
         with books.lock:
@@ -79,7 +79,7 @@ class Matcher:
         root = books.hasher.root(namespace.id, message.salt)
         prompt = Prompt(namespace, root, contents, books.hasher.chain(root, contents))
         prompt.direct_bytes_per_s = direct_bytes_per_s
-        return self._leasing(message, prompt) if message.lease else self._asking(prompt)
+        return prompt
 
     def release_read(self, lease: Lease, *, may_fill: bool = True) -> None:
         """Give back what an ended lease to read pinned (lock held); offer what is not on disk to the flusher again.
@@ -91,7 +91,7 @@ class Matcher:
         self._unpin(lease.chunks)
 
     def _unpin(self, chunks: Sequence[HostChunk]) -> None:
-        unpin, disk, flusher, promoter = self._books.table.unpin, self._books.disk, self._flusher, self._promoter
+        unpin, disk, flusher = self._books.table.unpin, self._books.disk, self._flusher
         ready, promoting = ChunkState.READY, ChunkState.PROMOTING
         for chunk in chunks:
             if not chunk.is_durable and flusher is not None and chunk.state is ready:
@@ -99,8 +99,14 @@ class Matcher:
             unpin(chunk)
             if isinstance(chunk, DirectChunk) and disk is not None:
                 disk.let_go(chunk.record)
-            elif chunk.state is promoting and chunk.pins == 1 and promoter is not None:
-                promoter.cancel(chunk)
+            elif chunk.state is promoting and chunk.pins == 1:
+                self._cancel(chunk)
+
+    def _cancel(self, chunk: HostChunk) -> None:
+        if chunk.is_remote and self._remote is not None:
+            self._remote.fetcher.cancel(chunk)
+        elif self._promoter is not None:
+            self._promoter.cancel(chunk)
 
     def trim(self, lease: Lease, num_chunks: int) -> None:
         """Give back all but the first chunks of a live lease to read (lock held), and count the rest as cut."""
@@ -109,17 +115,29 @@ class Matcher:
         self._books.counters.hits_cut += bool(cut)
         self._books.counters.tokens_cut += len(cut) * self._books.chunk_tokens
 
-    def _leasing(self, message: Match, prompt: Prompt) -> MatchReply:
+    def _walk_here(self, prompt: Prompt) -> None:
+        """Pin what this node holds of a prompt."""
+        books = self._books
+        with books.lock:
+            self._walk(prompt, {}, self._take_from_disk)
+        while rows := self._look_up(prompt):
+            with books.lock:
+                before = len(prompt.held)
+                self._walk(prompt, rows, self._take_from_disk)
+            if len(prompt.held) - before < LOOK_UP_CHUNKS:
+                break
+
+    def _lease(self, message: Match, prompt: Prompt, deadline: float | None = None) -> MatchReply:
+        """Lease what was pinned, and until `deadline` what the remote store says that it has of the rest."""
         books = self._books
         lease: Lease | None = None
         try:
-            with books.lock:
-                self._walk(prompt, {})
-            while rows := self._look_up(prompt):
+            while deadline is not None and self._remote is not None:
+                rows = self._remote.look_up(prompt, deadline)
                 with books.lock:
                     before = len(prompt.held)
-                    self._walk(prompt, rows)
-                if len(prompt.held) - before < LOOK_UP_CHUNKS:
+                    self._walk(prompt, rows, self._remote.take)
+                if not rows or len(prompt.held) - before < len(rows):
                     break
             with books.lock:
                 session = books.leases.session(message.session, books.clock())
@@ -127,14 +145,19 @@ class Matcher:
                     lease = self._grant(session, prompt, message.reads_pools)
                 return self._reply(lease, prompt)
         finally:
-            for key in prompt.kept:
-                books.disk_pins.unpin(key)
-            for record in prompt.records.values():
-                assert books.disk is not None
-                books.disk.let_go(record)
-            if lease is None and prompt.held:
-                with books.lock:
-                    self._unpin(prompt.held)
+            self._clean_up(prompt, lease)
+
+    def _clean_up(self, prompt: Prompt, lease: Lease | None) -> None:
+        """Give back what a match kept on disk, and without a lease also what it pinned."""
+        books = self._books
+        for key in prompt.kept:
+            books.disk_pins.unpin(key)
+        for record in prompt.records.values():
+            assert books.disk is not None
+            books.disk.let_go(record)
+        if lease is None and prompt.held:
+            with books.lock:
+                self._unpin(prompt.held)
 
     def _grant(self, session: Session, prompt: Prompt, reads_pools: bool) -> Lease:
         books, tiers = self._books, prompt.tiers
@@ -144,10 +167,13 @@ class Matcher:
         lease.host_tokens = tiers.count(TIER_HOST) * books.chunk_tokens
         lease.disk_tokens = tiers.count(TIER_DISK) * books.chunk_tokens
         lease.gpu_tokens = tiers.count(TIER_GPU) * books.chunk_tokens
+        lease.remote_tokens = tiers.count(TIER_REMOTE) * books.chunk_tokens
         return lease
 
-    def _walk(self, prompt: Prompt, rows: Mapping[int, DiskChunk]) -> None:
-        """Pin held chunks from where the prompt stands on, promoting those in `rows`, up to the first that is not held.
+    def _walk(
+        self, prompt: Prompt, rows: Mapping[int, DiskChunk], take: Callable[[Prompt, DiskChunk], HostChunk | None]
+    ) -> None:
+        """Pin held chunks from where the prompt stands on, having `take` those in `rows`, up to the first miss.
 
         Written out because 512 turns of this loop are most of a match.
         """
@@ -160,7 +186,7 @@ class Matcher:
             chunk = get(keys[number])
             if chunk is None:
                 row = rows.get(number)
-                chunk = self._take_from_disk(prompt, row) if row is not None else None
+                chunk = take(prompt, row) if row is not None else None
                 if chunk is None:
                     return
             state = chunk.state
@@ -177,7 +203,7 @@ class Matcher:
                 if chunk.hits < HITS_MAX:
                     chunk.hits += 1
             else:
-                tiers.append(TIER_DISK)
+                tiers.append(tier_of(chunk))
             held.append(chunk)
 
     def _look_up(self, prompt: Prompt) -> dict[int, DiskChunk]:
@@ -217,34 +243,15 @@ class Matcher:
         if tiling.object_bytes != row.object_bytes:
             return None
         record = prompt.records.pop(row.key, None)
-        if record is None:
-            return self._promote(prompt, row, tiling)
-        self._books.disk_pins.touch(row.key)
-        return DirectChunk(row, prompt.root, tiling, record)
-
-    def _promote(self, prompt: Prompt, row: DiskChunk, tiling: Tiling) -> HostChunk | None:
-        """Give a chunk on disk frames and queue its reading (lock held); None: there is no room."""
-        books = self._books
+        if record is not None:
+            self._books.disk_pins.touch(row.key)
+            return DirectChunk(row, prompt.root, tiling, record)
         assert self._promoter is not None
-        chunk = HostChunk(
-            row.key,
-            row.parent,
-            tenant=prompt.root,
-            namespace=row.namespace,
-            position=row.position,
-            content=row.content,
-            tiling=tiling,
-            state=ChunkState.PROMOTING,
-        )
-        chunk.checksums[:] = row.checksums
-        books.table.add(chunk)
-        for shard in range(len(tiling.shards)):
-            if not books.table.allocate(chunk, shard):
-                books.table.remove(chunk)
-                return None
-        is_kept = books.disk_pins.pin(row.key)
-        assert is_kept, "the match kept it on disk, so it cannot be leaving"
-        self._promoter.offer(chunk)
+        chunk = self._books.table.add_to_fill(row, prompt.root, tiling)
+        if chunk is not None:
+            is_kept = self._books.disk_pins.pin(row.key)
+            assert is_kept, "the match kept it on disk, so it cannot be leaving"
+            self._promoter.offer(chunk)
         return chunk
 
     def _reply(self, lease: Lease | None, prompt: Prompt) -> MatchReply:
@@ -287,21 +294,30 @@ class Matcher:
         )
 
     def _ready_in_s(self, prompt: Prompt) -> list[float]:
-        if self._promoter is None or TIER_DISK not in prompt.tiers:
+        """Say when each chunk of a late tier will be there; nothing if that is not known of one of these tiers."""
+        late = [pair for pair in zip(prompt.held, prompt.tiers, strict=True) if pair[1] in LATE_TIERS]
+        on_disk = [chunk for chunk, tier in late if tier == TIER_DISK]
+        fetched = [chunk for chunk, tier in late if tier == TIER_REMOTE]
+        from_disk = iter(self._disk_ready_in_s(prompt, on_disk))
+        from_remote = iter(self._remote.fetcher.ready_in_s(fetched) if fetched and self._remote is not None else ())
+        ready = [next(from_disk if tier == TIER_DISK else from_remote, None) for _, tier in late]
+        return [each for each in ready if each is not None] if None not in ready else []
+
+    def _disk_ready_in_s(self, prompt: Prompt, on_disk: Sequence[HostChunk]) -> list[float]:
+        if not on_disk or self._promoter is None:
             return []
-        on_disk = [chunk for chunk, tier in zip(prompt.held, prompt.tiers, strict=True) if tier == TIER_DISK]
         if not isinstance(on_disk[-1], DirectChunk):
             return self._promoter.ready_in_s(on_disk)
         read_bytes = accumulate(chunk.tiling.total_frame_bytes for chunk in on_disk)
         return [each / prompt.direct_bytes_per_s for each in read_bytes]
 
     def _asking(self, prompt: Prompt) -> MatchReply:
-        """Say what is held without touching anything; no frames are named, for nothing keeps them."""
+        """Say what this node holds without touching anything; no frames are named, for nothing keeps them."""
         books, tiers = self._books, bytearray()
         for number, key in enumerate(prompt.keys):
             chunk = books.table.chunks.get(key)
             if chunk is not None and chunk.state is not ChunkState.PENDING and prompt.has(number, chunk):
-                tiers.append(TIER_HOST if chunk.state is ChunkState.READY else TIER_DISK)
+                tiers.append(tier_of(chunk))
                 continue
             row = books.disk.lookup(key) if chunk is None and books.disk is not None else None
             if row is None or not prompt.has(number, row) or (self._flusher and self._flusher.is_forgotten(key)):

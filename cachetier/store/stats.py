@@ -12,6 +12,7 @@ class HitTokens(msgspec.Struct):
     gpu: int = 0
     host: int = 0
     disk: int = 0
+    remote: int = 0
 
 
 class BlendTokens(msgspec.Struct):
@@ -64,12 +65,20 @@ class TierBytes(msgspec.Struct):
     limit: int = 0
 
 
+class MovedBytes(msgspec.Struct):
+    """Bytes of frames that this server has put into the remote store and got from there."""
+
+    put: int = 0
+    got: int = 0
+
+
 class TierSizes(msgspec.Struct):
-    """Sizes of the tiers."""
+    """Sizes of the tiers; of the remote one, which belongs to nobody, what went there and came from there."""
 
     gpu: TierBytes = msgspec.field(default_factory=TierBytes)
     host: TierBytes = msgspec.field(default_factory=TierBytes)
     disk: TierBytes = msgspec.field(default_factory=TierBytes)
+    remote: MovedBytes = msgspec.field(default_factory=MovedBytes)
 
 
 class EngineSpeeds(msgspec.Struct):
@@ -101,6 +110,8 @@ class Counters(msgspec.Struct):
         flushes_failed: chunks that the disk tier did not take.
         flushes_dropped: chunks that stayed in host memory alone because the backlog was full.
         leases_expired: leases that ended because nobody renewed or released them, or because their session died.
+        remote_failures: calls to the remote store that failed or took too long.
+        remote_puts_dropped: chunks that were not put there: it was left alone or full, or the queue was full.
     """
 
     checksum_failures: int = 0
@@ -116,6 +127,8 @@ class Counters(msgspec.Struct):
     flushes_failed: int = 0
     flushes_dropped: int = 0
     leases_expired: int = 0
+    remote_failures: int = 0
+    remote_puts_dropped: int = 0
 
 
 class Stats(msgspec.Struct):
@@ -141,6 +154,8 @@ class Stats(msgspec.Struct):
         gpu_filled: copies that were made in pools.
         gpu_evicted: copies that made room for others.
         disk_bytes_per_s: how fast the disk gave chunks lately; 0 while nothing was read.
+        remote_bytes_per_s: the same for the remote store.
+        remote_available: 1 while the remote store is used, 0 while there is none or it is left alone.
         tokens_per_s: how fast engines compute and load.
         host_evicted: chunks that left the host tier to make room.
         checksum_failures: see `Counters`, like all that follow.
@@ -164,6 +179,8 @@ class Stats(msgspec.Struct):
     documents: int
     flush_backlog_bytes: int
     disk_bytes_per_s: float
+    remote_bytes_per_s: float
+    remote_available: int
     tokens_per_s: EngineSpeeds
     checksum_failures: int
     stores_dropped: int
@@ -181,4 +198,6 @@ class Stats(msgspec.Struct):
     flushes_failed: int
     flushes_dropped: int
     leases_expired: int
+    remote_failures: int
+    remote_puts_dropped: int
     disk: dict[str, int]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import cachetier
 from cachetier.core.config import ServerConfig
 from cachetier.core.errors import ProtocolError
-from cachetier.core.keys import KEY_BYTES, ChainHasher, ChainKey
+from cachetier.core.keys import KEY_BYTES, ChainKey
 from cachetier.core.messages import (
     MAX_CHUNKS,
     Commit,
@@ -37,25 +37,16 @@ from cachetier.core.messages import (
     Trim,
 )
 from cachetier.core.pool_messages import CheckPools, CheckPoolsReply, CommitPool, OfferPool
-from cachetier.storage.arena import Arena
-from cachetier.storage.data_dir import DataDir, documents_bytes
-from cachetier.storage.disk import DiskTier
-from cachetier.storage.documents import DocumentFile
+from cachetier.storage.data_dir import DataDir
 from cachetier.storage.file_layer import FileLayer
-from cachetier.store.books import Books
 from cachetier.store.chunk import ChunkState
 from cachetier.store.direct import DirectChunk
-from cachetier.store.disk_pins import DiskPins
-from cachetier.store.document_table import DocumentTable
 from cachetier.store.documents import Documents
 from cachetier.store.engines import Engines
-from cachetier.store.flush import Flusher
-from cachetier.store.gpu_tier import GpuTier
-from cachetier.store.host import HostTable
-from cachetier.store.leases import Lease, LeaseTable
+from cachetier.store.leases import Lease
 from cachetier.store.matching import Matcher
-from cachetier.store.namespaces import NamespaceTable
-from cachetier.store.promotion import Promoter
+from cachetier.store.opening import open_tiers
+from cachetier.store.remote_tier import MakeStore
 from cachetier.store.stats import Stats
 from cachetier.store.storing import Storer
 
@@ -83,8 +74,14 @@ class Store:
     """
 
     def __init__(
-        self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic, files: FileLayer | None = None
+        self,
+        config: ServerConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        files: FileLayer | None = None,
+        remote: MakeStore | None = None,
     ) -> None:
+        """Open the store; `files` and `remote` stand in for the operating system's files and the remote store."""
         self._config = config
         self._clock = clock
         self._opened_at = clock()
@@ -92,56 +89,16 @@ class Store:
         self._is_closed = False
         self.data_dir = DataDir.open(config)
         try:
-            self._open_tiers(config, files)
+            tiers = open_tiers(config, self.data_dir, self._instance, clock, files, remote)
         except BaseException:
             self.data_dir.close()
             raise
-
-    def _open_tiers(self, config: ServerConfig, files: FileLayer | None) -> None:
-        pins, gpu = DiskPins(), GpuTier(config.lease_ttl_s)
-        self._arena_path = self.data_dir.arena_path()
-        self._arena = Arena.create(self._arena_path, config.host_bytes, self._instance)
-        try:
-            file = None
-            if config.disk_bytes:
-                file = DocumentFile(config.data_dir, files or FileLayer(), documents_bytes(config))
-            documents = DocumentTable.open(file)
-            table = HostTable(self._arena, gpu, config.tenant_quota, self._clock)
-            disk = None
-            if config.disk_bytes:
-                disk = DiskTier.open(
-                    config,
-                    files,
-                    is_hot=lambda key: pins.is_hot(key) or table.is_hot(key),
-                    is_pinned=pins.is_pinned,
-                )
-        except BaseException:
-            self._arena.close()
-            raise
-        self._books = books = Books(
-            chunk_tokens=config.chunk_tokens,
-            clock=self._clock,
-            hasher=ChainHasher(self.data_dir.secret),
-            table=table,
-            gpu=gpu,
-            leases=LeaseTable(config.lease_ttl_s),
-            namespaces=NamespaceTable(config.chunk_tokens, self._arena),
-            disk=disk,
-            documents=documents,
-            disk_pins=pins,
-        )
-        self._flusher = self._promoter = None
-        if disk is not None:
-            self._flusher = Flusher(books, disk, self._arena.frame, self._arena.data_bytes // 2)
-            self._promoter = Promoter(books, disk, self._flusher, self._arena.frame, config.io_threads)
-            for stored in disk.namespaces().values():
-                books.namespaces.recall(stored.identity, stored.layouts)
-            self._flusher.start()
-            self._promoter.start()
-        self._matcher = Matcher(books, self._flusher, self._promoter)
-        self._storer = Storer(books, self._flusher, config.lease_ttl_s)
-        self.documents = Documents(books, self._matcher, self._flusher, file)
-        self.engines = Engines(books)
+        self._arena, self._books, self._remote = tiers.arena, tiers.books, tiers.remote
+        self._flusher, self._promoter = tiers.flusher, tiers.promoter
+        self._matcher = Matcher(self._books, self._flusher, self._promoter, self._remote)
+        self._storer = Storer(self._books, self._flusher, self._remote, config.lease_ttl_s)
+        self.documents = Documents(self._books, self._matcher, self._flusher, tiers.document_file)
+        self.engines = Engines(self._books)
 
     @property
     def instance(self) -> str:
@@ -157,7 +114,7 @@ class Store:
             instance=self.instance,
             version=cachetier.__version__,
             chunk_tokens=self._config.chunk_tokens,
-            arena_path=self._arena_path,
+            arena_path=self._arena.path,
             arena_bytes=self._config.host_bytes,
             lease_ttl_s=self._config.lease_ttl_s,
             segments_dir=self._books.disk.segments_dir if self._books.disk else "",
@@ -197,7 +154,15 @@ class Store:
         which stay as they are until the lease ends. Without `lease` the reply names no frames and nothing is touched or
         counted.
         """
-        return self._matcher.match(message)
+        found = self._matcher.begin(message)
+        return found() if callable(found) else found
+
+    def begin_match(self, message: Match) -> MatchReply | Callable[[], MatchReply]:
+        """Do as `match` without ever waiting: return a function where the remote store has to be asked.
+
+        The function gives the reply and waits for `remote_deadline_ms` at most. It must be called.
+        """
+        return self._matcher.begin(message)
 
     def trim(self, message: Trim) -> Empty:
         """Shorten a lease to read, and count what was cut; 400 for a lease to fill."""
@@ -223,7 +188,9 @@ class Store:
                     books.tokens.hit.host += min(max(use.host_tokens, 0), lease.host_tokens)
                     books.tokens.hit.disk += min(max(use.disk_tokens, 0), lease.disk_tokens)
                     books.tokens.hit.gpu += min(max(use.gpu_tokens, 0), lease.gpu_tokens)
-                    self._give_back(lease, is_used=use.host_tokens + use.disk_tokens + use.gpu_tokens > 0)
+                    books.tokens.hit.remote += min(max(use.remote_tokens, 0), lease.remote_tokens)
+                    used = use.host_tokens + use.disk_tokens + use.gpu_tokens + use.remote_tokens
+                    self._give_back(lease, is_used=used > 0)
         return Empty()
 
     def renew(self, message: Renew) -> RenewReply:
@@ -262,6 +229,8 @@ class Store:
                 is_held = chunk is not None and chunk.state is not ChunkState.PENDING
                 if chunk is not None and is_held:
                     books.table.remove(chunk)
+                    if self._remote is not None:
+                        self._remote.forget(chunk)
                 if flusher is not None and (key in on_disk or is_held) and not flusher.is_forgotten(key):
                     flusher.forget(key)
                     is_held = True
@@ -272,17 +241,7 @@ class Store:
         """Add counters that only the engine knows."""
         with self._books.lock:
             self._books.leases.session(message.session, self._clock())
-            self._books.counters.stores_dropped += max(message.stores_dropped, 0)
-            self._books.counters.loads_failed += max(message.loads_failed, 0)
-            self._books.counters.matches_late += max(message.matches_late, 0)
-            self._books.speeds.prefill = message.prefill_tokens_per_s or self._books.speeds.prefill
-            self._books.speeds.load = message.load_tokens_per_s or self._books.speeds.load
-            self._books.requests.blended += max(message.requests_blended, 0)
-            self._books.tokens.blend.loaded += max(message.blend_loaded_tokens, 0)
-            self._books.tokens.blend.computed += max(message.blend_computed_tokens, 0)
-            self._books.blend.checked += max(message.blends_checked, 0)
-            self._books.blend.agreed += max(message.blends_agreed, 0)
-            self._books.blend.kl += max(message.blends_kl, 0.0)
+            self._books.note_report(message)
         return Empty()
 
     def reads_directly(self, message: ReadsDirectly) -> Empty:
@@ -322,6 +281,8 @@ class Store:
                 uptime_s=self._clock() - self._opened_at,
                 flush_backlog_bytes=backlog,
                 disk_bytes_per_s=self._promoter.bytes_per_s if self._promoter else 0.0,
+                remote_bytes_per_s=self._remote.fetcher.bytes_per_s if self._remote else 0.0,
+                is_remote_available=self._remote is not None and self._remote.is_available,
             )
 
     def expire(self) -> None:
@@ -333,6 +294,8 @@ class Store:
             self._books.gpu.expire(now, self._books.leases.is_open)
             self._books.direct.expire(self._books.leases.is_open)
             self._books.engines.expire(self._books.leases.is_open)
+            if self._remote is not None:
+                self._remote.expire()
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Block until everything committed before the call is durable, or was refused by the disk tier.
@@ -367,6 +330,8 @@ class Store:
             return
         self._is_closed = True
         self.flush(flush_timeout_s)
+        if self._remote is not None:
+            self._remote.stop()
         if self._promoter is not None:
             self._promoter.stop()
         if self._flusher is not None:

@@ -33,6 +33,7 @@ from cachetier.store.chunk import ChunkState, HostChunk, Tiling
 from cachetier.store.flush import Flusher
 from cachetier.store.leases import Lease, Session
 from cachetier.store.namespaces import Namespace
+from cachetier.store.remote_tier import RemoteTier
 
 POSITION_MAX = 1 << 31
 CHECKSUM_MAX = (1 << 64) - 1
@@ -60,9 +61,10 @@ class Chain:
 class Storer:
     """Answers `reserve` and `commit` and ends leases to fill."""
 
-    def __init__(self, books: Books, flusher: Flusher | None, lease_ttl_s: float) -> None:
+    def __init__(self, books: Books, flusher: Flusher | None, remote: RemoteTier | None, lease_ttl_s: float) -> None:
         self._books = books
         self._flusher = flusher
+        self._remote = remote
         self._lease_ttl_s = lease_ttl_s
         # Pending chunks that nobody is filling, with the time when they are given up: oldest first.
         self._waiting: OrderedDict[HostChunk, float] = OrderedDict()
@@ -251,6 +253,8 @@ class Storer:
                 books.tokens.stored += books.chunk_tokens
                 if self._flusher is not None:
                     self._flusher.offer(chunk)
+                if self._remote is not None:
+                    self._remote.putter.offer(chunk)
             elif chunk.pins == 1:
                 self._waiting[chunk] = now + self._lease_ttl_s
         books.table.unpin(chunk)

@@ -1,9 +1,9 @@
 """Which part of a hit is cheaper to load than to compute: a pure model of both, without vllm, I/O or threads.
 
 A prompt's first token comes when the part that is loaded has been loaded and the rest has been computed, one after the
-other. A load can end at any chunk, and takes as long as its last chunk needs to get from disk into host memory (the
-server says when it expects that, by its disk's measured speed) or as all of it needs from there into the engine,
-whichever is longer, since the two overlap. What computing takes is `prefill_rate`'s.
+other. A load can end at any chunk, and takes as long as its last chunk needs to get from disk or the remote store into
+host memory (the server says when it expects that, by that tier's measured speed) or as all of it needs from there into
+the engine, whichever is longer, since the two overlap. What computing takes is `prefill_rate`'s.
 
 What is not known speaks for loading: host memory is many times faster than any engine computes, and what the disk gives
 is only learnt by reading. A wrong guess costs little, because the load of a hit has only so much patience with chunks
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cachetier.core.messages import TIER_DISK
+from cachetier.core.messages import LATE_TIERS
 from cachetier_connector.prefill_rate import PrefillModel, PrefillRate
 
 LOADS_REMEMBERED = 8
@@ -38,7 +38,7 @@ class Hit:
         num_computed: leading tokens that the engine has already.
         chunk_tokens: tokens a chunk.
         tiers: one byte a held chunk, as in `MatchReply`.
-        ready_in_s: for each TIER_DISK chunk, in how many seconds from the match; empty if unknown.
+        ready_in_s: for each chunk of LATE_TIERS, in how many seconds from the match; empty if unknown.
         elapsed_s: since the match.
     """
 
@@ -56,14 +56,13 @@ class Hit:
     @property
     def num_at_once(self) -> int:
         """Leading chunks that nobody has to wait for, as far as is known."""
-        first_on_disk = self.tiers.find(TIER_DISK)
-        return first_on_disk if self.ready_in_s and first_on_disk >= 0 else len(self.tiers)
+        return num_at_hand(self.tiers) if self.ready_in_s else len(self.tiers)
 
     def arrivals_s(self) -> Iterator[float]:
         """Give for each chunk from `num_at_once` on in how many seconds from now it and all before it are in memory."""
         latest_s, ready_in_s = 0.0, iter(self.ready_in_s)
         for tier in self.tiers[self.num_at_once :]:
-            if tier == TIER_DISK:
+            if tier in LATE_TIERS:
                 latest_s = max(latest_s, next(ready_in_s) - self.elapsed_s)
             yield latest_s
 
@@ -74,7 +73,7 @@ class Choice:
 
     Attributes:
         num_chunks: its leading chunks that are worth it.
-        patience_s: how long the load may wait for chunks from disk, None: there are none.
+        patience_s: how long the load may wait for chunks of LATE_TIERS, None: there are none.
     """
 
     num_chunks: int
@@ -107,6 +106,11 @@ class LoadRate:
         return max(self._rates, default=None)
 
 
+def num_at_hand(tiers: bytes) -> int:
+    """Return how many leading chunks are in memory already."""
+    return next((number for number, tier in enumerate(tiers) if tier in LATE_TIERS), len(tiers))
+
+
 def choose(hit: Hit, prefill: PrefillModel | None, load_tokens_per_s: float | None) -> Choice:
     """Return what part of `hit` to load, so that the prompt is computed soonest.
 
@@ -114,7 +118,7 @@ def choose(hit: Hit, prefill: PrefillModel | None, load_tokens_per_s: float | No
     """
     num_chunks = len(hit.tiers)
     if prefill is None or hit.end_of(num_chunks) <= hit.num_computed:
-        return Choice(num_chunks, PATIENCE_UNMEASURED_S if TIER_DISK in hit.tiers else None)
+        return Choice(num_chunks, PATIENCE_UNMEASURED_S if num_at_hand(hit.tiers) < num_chunks else None)
     s_per_token = 1 / load_tokens_per_s if load_tokens_per_s else 0.0
     best, best_load_s, best_s = 0, 0.0, prefill.seconds(hit.num_computed, hit.num_tokens)
     load_s, total_s = 0.0, best_s
@@ -131,7 +135,7 @@ def choose(hit: Hit, prefill: PrefillModel | None, load_tokens_per_s: float | No
 
 
 def _patience_s(hit: Hit, num_chunks: int, load_s: float, prefill: PrefillModel) -> float | None:
-    if TIER_DISK not in hit.tiers[:num_chunks]:
+    if num_at_hand(hit.tiers) >= num_chunks:
         return None
     if not hit.ready_in_s:
         return PATIENCE_S + PATIENCE_UNKNOWN_SHARE * prefill.seconds(hit.num_computed, hit.end_of(num_chunks))
@@ -148,7 +152,7 @@ class BreakEven:
     def choose(self, hit: Hit) -> Choice:
         """Return what part of `hit` to load."""
         choice = choose(hit, self.prefill.model, self.load.tokens_per_s)
-        if choice.num_chunks < len(hit.tiers) and hit.tiers[choice.num_chunks] != TIER_DISK:
+        if choice.num_chunks < len(hit.tiers) and hit.tiers[choice.num_chunks] not in LATE_TIERS:
             self.load.doubt()
         return choice
 

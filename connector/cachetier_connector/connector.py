@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from cachetier.client import ServerHandle, ensure_server
 from cachetier.core.config import ConnectorConfig
-from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST
+from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, TIER_REMOTE
 from cachetier_connector.facts import let_any_role, read_facts, read_identity, recompute_failed_loads
 from cachetier_connector.plan import StepPlan, Verdict
 from cachetier_connector.scheduler_half import SchedulerHalf
@@ -147,7 +147,12 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def get_external_cache_hit_sources(self, request: "Request", num_external_tokens: int) -> dict[Any, int]:
         from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-        names = {TIER_GPU: CacheHitSource.DEVICE, TIER_HOST: CacheHitSource.HOST, TIER_DISK: CacheHitSource.DISK}
+        names = {
+            TIER_GPU: CacheHitSource.DEVICE,
+            TIER_HOST: CacheHitSource.HOST,
+            TIER_DISK: CacheHitSource.DISK,
+            TIER_REMOTE: CacheHitSource.EXTERNAL_UNSPECIFIED,
+        }
         return {names[tier]: count for tier, count in self._scheduling.tiers_of(request).items()}
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> StepMetadata:

@@ -1,6 +1,6 @@
 """From a matched request to what the workers load: pure functions of the scheduler half."""
 
-from cachetier.core.messages import TIER_DISK
+from cachetier.core.messages import LATE_TIERS
 from cachetier_connector.break_even import Choice, Hit
 from cachetier_connector.plan import LoadOp, chunks_to_load, split_by_tier
 from cachetier_connector.requests import MatchTicket, TrackedRequest
@@ -77,7 +77,7 @@ def documents_as_hit(ticket: MatchTicket, now_s: float) -> Hit:
     They are read from disk one after the other, in the order in which they stand in the prompt.
     """
     replies = [found.ticket.reply for found in ticket.documents if found.ticket.reply is not None]
-    is_timed = all(reply.ready_in_s for reply in replies if TIER_DISK in reply.tiers)
+    is_timed = all(reply.ready_in_s for reply in replies if any(tier in reply.tiers for tier in LATE_TIERS))
     return Hit(
         num_tokens=sum(reply.num_chunks for reply in replies) * ticket.chunk_tokens + 1,
         num_computed=0,

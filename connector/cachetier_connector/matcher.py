@@ -18,7 +18,18 @@ import msgspec
 
 from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout
-from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, LeaseUse, Match, Release, Renew, Report, Trim
+from cachetier.core.messages import (
+    TIER_DISK,
+    TIER_GPU,
+    TIER_HOST,
+    TIER_REMOTE,
+    LeaseUse,
+    Match,
+    Release,
+    Renew,
+    Report,
+    Trim,
+)
 from cachetier_connector.documents import Documents
 from cachetier_connector.facts import adapter_of, inputs_of
 from cachetier_connector.fingerprint import fingerprint_folder
@@ -26,6 +37,7 @@ from cachetier_connector.link import ServerLink
 from cachetier_connector.plan import extras_of, tokens_to_bytes
 from cachetier_connector.requests import FoundDocument, MatchTicket, TrackedRequest
 
+USES = {TIER_HOST: "host_tokens", TIER_DISK: "disk_tokens", TIER_GPU: "gpu_tokens", TIER_REMOTE: "remote_tokens"}
 MAX_JOBS = 4096
 IDLE_S = 0.1
 RELEASE_TIMEOUT_S = 1.0
@@ -275,8 +287,8 @@ class Matcher:
                 return uses
             ticket.is_released = True
         if lease := ticket.reply.lease:
-            host, disk, gpu = (used.get(tier, 0) for tier in (TIER_HOST, TIER_DISK, TIER_GPU))
-            uses.append(LeaseUse(lease=lease, host_tokens=host, disk_tokens=disk, gpu_tokens=gpu))
+            by_tier = {name: used.get(tier, 0) for tier, name in USES.items()}
+            uses.append(LeaseUse(lease=lease, **by_tier))
         return uses
 
     def _release(self, instance: str, uses: list[LeaseUse]) -> None:

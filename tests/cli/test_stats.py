@@ -25,6 +25,7 @@ PUBLIC_NAMES = (
     ),
     *("tokens.blend.loaded", "tokens.blend.computed", "requests.blended", "documents"),
     *("blend.checked", "blend.agreed"),
+    *("tokens.hit.remote", "bytes.remote.put", "bytes.remote.got", "remote_failures", "remote_puts_dropped"),
     *("bytes.disk.used", "bytes.disk.limit", "chunks", "leases", "checksum_failures", "stores_dropped"),
 )
 
@@ -70,13 +71,27 @@ def empty_stats() -> dict[str, Any]:
     counts |= dict.fromkeys(("stores_dropped", "loads_failed", "matches_late", "checksum_failures"), 0)
     counts |= dict.fromkeys(("hits_cut", "tokens_cut"), 0)
     counts |= {"requests": {"blended": 0}, "documents": 0, "blend": {"checked": 0, "agreed": 0, "kl": 0.0}}
-    counts |= {"tokens_per_s": {"prefill": 0, "load": 0}, "disk_bytes_per_s": 0}
-    tokens = {"queried": 0, "stored": 0, "hit": {"gpu": 0, "host": 0, "disk": 0}, "blend": {"loaded": 0, "computed": 0}}
-    return {"tokens": tokens, "bytes": {"gpu": tier, "host": tier, "disk": tier}, **counts}
+    counts |= {"tokens_per_s": {"prefill": 0, "load": 0}, "disk_bytes_per_s": 0, "remote_bytes_per_s": 0}
+    counts |= dict.fromkeys(("remote_available", "remote_failures", "remote_puts_dropped"), 0)
+    hit = dict.fromkeys(("gpu", "host", "disk", "remote"), 0)
+    tokens = {"queried": 0, "stored": 0, "hit": hit, "blend": {"loaded": 0, "computed": 0}}
+    return {
+        "tokens": tokens,
+        "bytes": {"gpu": tier, "host": tier, "disk": tier, "remote": {"put": 0, "got": 0}},
+        **counts,
+    }
 
 
 def test_text_of_a_server_without_disk_and_without_queries() -> None:
     assert "off" in as_text(empty_stats())
+
+
+def test_text_tells_what_the_remote_store_is_good_for() -> None:
+    assert "none that answers" in as_text(empty_stats())
+    stats = empty_stats() | {"remote_available": 1, "remote_failures": 3, "remote_bytes_per_s": 2e6}
+    stats["bytes"]["remote"] = {"put": 1 << 20, "got": 3 << 20}
+    assert "in use  put 1.0 MiB  got 3.0 MiB  failures 3" in as_text(stats)
+    assert "remote 1.9 MiB/s" in as_text(stats)
 
 
 def test_text_tells_what_checks_of_blended_requests_found() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachetier.core.messages import TIER_DISK, TIER_HOST
+from cachetier.core.messages import TIER_DISK, TIER_HOST, TIER_REMOTE
 from cachetier_connector.break_even import (
     LOADS_REMEMBERED,
     MARGIN_S,
@@ -66,6 +66,16 @@ def test_what_is_in_memory_is_loaded_and_what_is_on_a_slow_disk_behind_it_is_not
     assert choose(hit_on(200, 311, 0.2e9), H200, FAST) == Choice(200, None), "nothing is waited for"
     copying_s = 200 * CHUNK / FAST
     assert choose(hit_on(200, 311, 1.7e9), H200, FAST).num_chunks == 200 + int(copying_s * 1.7e9 / CHUNK_BYTES) + 1
+
+
+@pytest.mark.parametrize("bytes_per_s", [None, 0.2e9, 1.7e9, 7e9])
+@pytest.mark.parametrize("host", [0, 200])
+def test_what_comes_from_a_remote_store_is_decided_about_like_what_comes_from_disk(host, bytes_per_s):
+    hit = hit_on(host, 311, bytes_per_s)
+    for number_remote in (1, 100, 311):
+        tiers = hit.tiers[:-number_remote] + bytes([TIER_REMOTE] * number_remote)
+        for prefill in (None, H200):
+            assert choose(dataclasses.replace(hit, tiers=tiers), prefill, FAST) == choose(hit, prefill, FAST)
 
 
 def test_what_was_read_while_the_request_waited_is_loaded():

@@ -173,9 +173,11 @@ class Server:
         disk: str = "1GiB",
         socket: Path | None = None,
         program: Sequence[str] = ("cachetier.cli.main",),
+        prefix: Sequence[str] = (),
     ) -> None:
+        """Start it; `prefix` stands before the command, to run it in a network namespace."""
         self.folder, self.data_dir, self.socket = folder, folder / "data", socket or folder / "server.sock"
-        self._program = program
+        self._program, self._prefix = program, prefix
         self._options = ["--host-bytes", host, "--disk-bytes", disk, *options]
         self.start()
 
@@ -184,7 +186,7 @@ class Server:
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", *self._program, "serve", "--data-dir", str(self.data_dir)),
+                    *(*self._prefix, sys.executable, "-m", *self._program, "serve", "--data-dir", str(self.data_dir)),
                     *("--socket", str(self.socket), *self._options),
                 ],
                 stdout=subprocess.PIPE,

@@ -137,6 +137,7 @@ class TinyEngine:
     """An engine with one rank: a session, a namespace and the mapped arena."""
 
     def __init__(self, socket_path: str, weights: str = "w", salt: str = "") -> None:
+        self.socket_path = socket_path
         self.client = Client(socket_path)
         self.session = Session(self.client, "test", "engine", TIMEOUT_S)
         self.arena = ArenaView.attach(self.session.server.arena_path)

@@ -12,7 +12,7 @@ from cachetier.core.errors import ConfigError, FormatError, InUseError, StorageE
 from cachetier.storage.data_dir import DataDir, disk_shape, documents_bytes
 
 
-def config(tmp_path: Path, **settings: int) -> ServerConfig:
+def config(tmp_path: Path, **settings: int | str) -> ServerConfig:
     return ServerConfig(data_dir=str(tmp_path / "tier"), socket="/tmp/unused", **{"disk_bytes": 32 * MIB, **settings})
 
 
@@ -114,3 +114,24 @@ def test_the_arena_is_named_after_the_directory(tmp_path: Path) -> None:
     assert one.arena_path().startswith(f"/dev/shm/cachetier-{os.getuid()}-")
     one.close()
     other.close()
+
+
+def test_a_given_secret_is_taken_at_first_kept_without_the_file_and_another_one_is_refused(tmp_path: Path) -> None:
+    given, other = tmp_path / "given", tmp_path / "other"
+    given.write_text("0a" * 32 + "\n")
+    other.write_text("0b" * 32)
+    for settings in ({"secret_file": str(given)}, {"secret_file": str(given)}, {}):
+        data_dir = DataDir.open(config(tmp_path, **settings))
+        assert data_dir.secret == b"\n" * 32
+        data_dir.close()
+    with pytest.raises(ConfigError, match="was made with another secret than that in secret_file"):
+        DataDir.open(config(tmp_path, secret_file=str(other)))
+
+
+@pytest.mark.parametrize("text", ["", "0a" * 31, "0a" * 33, "no digits at all"])
+def test_a_secret_file_that_holds_no_secret_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "given").write_text(text)
+    with pytest.raises(ConfigError, match="secret_file"):
+        DataDir.open(config(tmp_path, secret_file=str(tmp_path / "given")))
+    with pytest.raises(ConfigError, match="secret_file"):
+        DataDir.open(config(tmp_path, secret_file=str(tmp_path / "missing")))

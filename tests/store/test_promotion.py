@@ -7,7 +7,7 @@ import pytest
 
 from cachetier.core.errors import ProtocolError
 from cachetier.core.messages import TIER_DISK, TIER_HOST, Trim
-from cachetier.store import matching, promotion, read_speed
+from cachetier.store import filler, matching, read_speed
 from tests.store.chunks import BIG, CHUNK_TOKENS
 from tests.store.engines import MIB, Engine, keys_of, tokens_of
 
@@ -188,7 +188,7 @@ def test_a_reply_says_when_chunks_on_disk_will_be_there_once_the_disk_was_measur
 
 
 def test_what_is_cut_off_a_lease_is_not_read_and_is_counted(open_store, monkeypatch):
-    monkeypatch.setattr(promotion, "BATCH_BYTES", MIB)
+    monkeypatch.setattr(filler, "BATCH_BYTES", MIB)
     Engine(open_store(), layout=BIG).put(tokens_of(*range(7)))
     store = open_store(io_threads=1)
     engine = Engine(store, layout=BIG)
