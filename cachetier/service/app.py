@@ -24,6 +24,7 @@ from cachetier.core.document_messages import (
 )
 from cachetier.core.engine_messages import AnnounceEngine, ListEngines, SetRole
 from cachetier.core.errors import ProtocolError
+from cachetier.core.event_messages import FollowChanges
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
     API_VERSION,
@@ -46,7 +47,7 @@ from cachetier.service.sessions import WatchedSessions
 from cachetier.store.store import Store
 
 BODY_TYPES = ("application/msgpack", "application/x-msgpack")
-SLOW = (ListDocuments,)  # looks up on disk what it lists
+SLOW = (ListDocuments, FollowChanges)  # they look up on disk what they list
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -94,6 +95,7 @@ class Service:
             AnnounceEngine: store.engines.announce,
             ListEngines: store.engines.listing,
             SetRole: store.engines.set_role,
+            FollowChanges: store.events.follow,
         }
         for kind, path in PATH_OF.items():
             app.router.add_post(path, self._message_handler(kind, calls[kind]))

@@ -43,12 +43,14 @@ from cachetier.storage.disk import DiskTier
 from cachetier.storage.documents import DocumentFile
 from cachetier.storage.file_layer import FileLayer
 from cachetier.store.books import Books
+from cachetier.store.change_log import ChangeLog
 from cachetier.store.chunk import ChunkState
 from cachetier.store.direct import DirectChunk
 from cachetier.store.disk_pins import DiskPins
 from cachetier.store.document_table import DocumentTable
 from cachetier.store.documents import Documents
 from cachetier.store.engines import Engines
+from cachetier.store.events import Events
 from cachetier.store.flush import Flusher
 from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.host import HostTable
@@ -79,7 +81,8 @@ class Store:
 
     Attributes:
         data_dir: the data directory.
-        documents, engines: answer the messages about them.
+        documents, engines, events: answer the messages about them.
+        look_up: says what is held of a prompt: `Matcher.look_up`.
     """
 
     def __init__(
@@ -98,7 +101,8 @@ class Store:
             raise
 
     def _open_tiers(self, config: ServerConfig, files: FileLayer | None) -> None:
-        pins, gpu = DiskPins(), GpuTier(config.lease_ttl_s)
+        pins, gpu, hasher = DiskPins(), GpuTier(config.lease_ttl_s), ChainHasher(self.data_dir.secret)
+        changes = ChangeLog(lambda namespace: hasher.root(namespace, ""), config.chunk_tokens)
         self._arena_path = self.data_dir.arena_path()
         self._arena = Arena.create(self._arena_path, config.host_bytes, self._instance)
         try:
@@ -106,7 +110,7 @@ class Store:
             if config.disk_bytes:
                 file = DocumentFile(config.data_dir, files or FileLayer(), documents_bytes(config))
             documents = DocumentTable.open(file)
-            table = HostTable(self._arena, gpu, config.tenant_quota, self._clock)
+            table = HostTable(self._arena, gpu, changes, config.tenant_quota, self._clock)
             disk = None
             if config.disk_bytes:
                 disk = DiskTier.open(
@@ -121,13 +125,14 @@ class Store:
         self._books = books = Books(
             chunk_tokens=config.chunk_tokens,
             clock=self._clock,
-            hasher=ChainHasher(self.data_dir.secret),
+            hasher=hasher,
             table=table,
             gpu=gpu,
             leases=LeaseTable(config.lease_ttl_s),
             namespaces=NamespaceTable(config.chunk_tokens, self._arena),
             disk=disk,
             documents=documents,
+            changes=changes,
             disk_pins=pins,
         )
         self._flusher = self._promoter = None
@@ -142,6 +147,8 @@ class Store:
         self._storer = Storer(books, self._flusher, config.lease_ttl_s)
         self.documents = Documents(books, self._matcher, self._flusher, file)
         self.engines = Engines(books)
+        self.events = Events(books)
+        self.look_up = self._matcher.look_up
 
     @property
     def instance(self) -> str:
@@ -172,6 +179,7 @@ class Store:
             self._books.gpu.end_session(session)
             self._books.direct.end_session(session)
             self._books.engines.end_session(session)
+            self.events.end_session(session)
             self._end_dead(self._books.leases.close_session(session))
 
     def register_namespace(self, message: RegisterNamespace) -> RegisterNamespaceReply:
@@ -332,6 +340,7 @@ class Store:
             self._books.gpu.expire(now, self._books.leases.is_open)
             self._books.direct.expire(self._books.leases.is_open)
             self._books.engines.expire(self._books.leases.is_open)
+            self.events.expire(now, self._books.leases.is_open)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Block until everything committed before the call is durable, or was refused by the disk tier.
