@@ -1,0 +1,219 @@
+"""What routers are told: from the events alone, and from tokens, they know what of a text the node's tier holds."""
+
+import dataclasses
+from collections import defaultdict
+from typing import Any
+
+import msgspec
+import pytest
+from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
+
+from cachetier.client import Client
+from cachetier_connector import kv_events
+from cachetier_connector.kv_events import TierEvents
+from tests.connector.blends import facts_of
+from tests.connector.servers import (
+    BLOCK,
+    CHUNK,
+    LAYOUT,
+    TIMEOUT_S,
+    Blocks,
+    Tier,
+    blocks_for,
+    connect,
+    eventually,
+    identity,
+    stats_of,
+    store_op,
+    tokens_of,
+)  # fmt: skip
+from tests.service.running import RunningServer
+
+
+class Router:
+    """A router as others are: it hashes tokens by itself and takes block hashes for names.
+
+    Like those it does not know blocks whose parent it does not know, or whose size is not its own.
+    """
+
+    def __init__(self, block_tokens: int = BLOCK) -> None:
+        self.block_tokens = block_tokens
+        self.text_of: dict[Any, tuple[int, ...]] = {None: ()}
+        self.media: dict[tuple[int, ...], set[str]] = defaultdict(set)
+
+    def learn(self, events: list[Any]) -> None:
+        """Apply events as they arrive, after their way through vLLM's encoding."""
+        batch = msgspec.msgpack.decode(msgspec.msgpack.encode(KVEventBatch(ts=0.0, events=events)), type=KVEventBatch)
+        for event in batch.events:
+            if isinstance(event, BlockRemoved):
+                for name in event.block_hashes:
+                    self.media[self.text_of[name]].remove(event.medium)
+                continue
+            assert isinstance(event, BlockStored)
+            assert event.block_size == self.block_tokens
+            assert len(event.token_ids) == len(event.block_hashes) * event.block_size
+            text = self.text_of[event.parent_block_hash]
+            for number, name in enumerate(event.block_hashes):
+                text += tuple(event.token_ids[number * event.block_size : (number + 1) * event.block_size])
+                assert self.text_of.setdefault(name, text) == text, "one name for two texts"
+                assert event.medium not in self.media[text], "said twice"
+                self.media[text].add(event.medium)
+
+    def held(self, tokens: list[int], medium: str) -> int:
+        """Return how many leading tokens of a prompt the engine's node has."""
+        size = self.block_tokens
+        ends = range(size, len(tokens) + 1, size)
+        misses = (end - size for end in ends if medium not in self.media[tuple(tokens[:end])])
+        return next(misses, len(tokens) // size * size)
+
+
+class Publisher:
+    """An engine's scheduler half as far as its events go, and a router that listens to it."""
+
+    def __init__(self, server: RunningServer, weights: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+        monkeypatch.setattr(kv_events, "INTERVAL_S", 0.0)
+        facts = dataclasses.replace(facts_of(), **({"publishes_events": True, "layout": LAYOUT} | changes))
+        self.link, self.router = connect(server), Router(facts.block_tokens)
+        self.events = TierEvents(self.link, facts, identity(weights))
+
+    def step(self) -> list[Any]:
+        """Let the link thread and then the scheduler have their turns; return what was published."""
+        for _ in range(4):
+            self.events.tend()
+        taken = self.events.take()
+        self.router.learn(taken)
+        return taken
+
+    def wait_until_held(self, tokens: list[int], medium: str = "STORAGE") -> None:
+        """Go on until the router knows that all complete chunks of a text are held."""
+        eventually(lambda: self.step() is not None and self.router.held(tokens, medium) == len(tokens) // CHUNK * CHUNK)
+
+
+@pytest.fixture
+def publisher(server, request, monkeypatch):
+    made = Publisher(server, request.node.name, monkeypatch)
+    yield made
+    made.link.close()
+
+
+def on_disk(server: RunningServer) -> bool:
+    stats = stats_of(server)
+    return bool(stats["chunks_durable"] >= stats["chunks"])
+
+
+def test_what_is_stored_is_published_once_in_blocks_of_the_engines_size(server, tier, publisher):
+    assert publisher.step() == []
+    tokens = tokens_of(1, 3 * CHUNK + 5)
+    tier.store(tokens)
+    publisher.wait_until_held(tokens)
+    assert publisher.router.held(tokens, "CPU") == 3 * CHUNK
+    assert publisher.step() == []
+    other = tokens[: 2 * CHUNK] + tokens_of(2, CHUNK)
+    assert publisher.router.held(other, "CPU") == 2 * CHUNK
+
+
+def test_consecutive_chunks_are_one_event(server, tier, publisher):
+    publisher.step()
+    tokens = tokens_of(3, 4 * CHUNK)
+    tier.store(tokens)
+    [event] = [event for event in eventually(publisher.step) if event.medium == "CPU"]
+    assert event.token_ids == tokens
+    assert event.parent_block_hash is None
+    assert len(set(event.block_hashes)) == 4 * CHUNK // BLOCK
+
+
+def test_who_starts_on_a_full_tier_publishes_what_it_holds(server, tier, publisher):
+    tokens = tokens_of(4, 3 * CHUNK)
+    tier.store(tokens)
+    eventually(lambda: on_disk(server))
+    publisher.step()
+    assert [publisher.router.held(tokens, medium) for medium in ("CPU", "STORAGE")] == [3 * CHUNK] * 2
+
+
+def test_when_the_server_is_replaced_routers_learn_what_is_left(tmp_path, monkeypatch):
+    tokens = tokens_of(5, 2 * CHUNK)
+    with RunningServer(tmp_path / "data") as server:
+        publisher = Publisher(server, "w", monkeypatch)
+        Tier(server).store(tokens)
+        eventually(lambda: on_disk(server))
+        publisher.step()
+        assert publisher.router.held(tokens, "CPU") == 2 * CHUNK
+    with RunningServer(tmp_path / "data"):
+        publisher.step()  # finds the connection gone
+        publisher.link.connect()
+        published = publisher.step()
+        assert publisher.router.held(tokens, "CPU") == 0, "memory does not survive"
+        assert publisher.router.held(tokens, "STORAGE") == 2 * CHUNK
+        assert not any(type(event).__name__ == "AllBlocksCleared" for event in published)
+        publisher.link.close()
+
+
+def test_weights_of_another_generation_have_nothing_yet(server, tier, publisher):
+    tokens = tokens_of(6, 2 * CHUNK)
+    tier.store(tokens)
+    publisher.step()
+    assert publisher.router.held(tokens, "CPU") == 2 * CHUNK
+    publisher.events.start_generation(7)
+    publisher.step()
+    assert publisher.router.held(tokens, "CPU") == publisher.router.held(tokens, "STORAGE") == 0
+
+
+def test_an_engine_without_steps_lets_few_events_wait_and_catches_up(server, tier, publisher, monkeypatch):
+    monkeypatch.setattr(kv_events, "WAITING_MAX", 3)
+    publisher.step()
+    texts = [tokens_of(10 + number, CHUNK) for number in range(20)]
+    for text in texts:
+        tier.store(text)
+        publisher.events.tend()
+    assert len(publisher.events._waiting) < 8
+    eventually(lambda: on_disk(server))
+    publisher.step()
+    publisher.step()
+    assert all(publisher.router.held(text, "STORAGE") == CHUNK for text in texts)
+
+
+def test_what_follows_an_image_is_not_published_for_routers_could_not_place_it(server, tier, publisher):
+    publisher.step()
+    tokens, before = tokens_of(30, 2 * CHUNK), stats_of(server)["chunks_durable"]
+    storer = tier.storer(Blocks(LAYOUT.whole()).engine)
+    storer.submit(store_op(tier.namespace, tokens, blocks_for(len(tokens)), extras=[(0, b"image")]))
+    eventually(lambda: stats_of(server)["chunks_durable"] == before + 2)
+    assert publisher.step() == []
+    storer.stop()
+
+
+def test_blocks_larger_than_chunks_are_published_as_chunks(server, tier, request, monkeypatch):
+    publisher = Publisher(server, request.node.name, monkeypatch, block_tokens=2 * CHUNK)
+    publisher.router.block_tokens = CHUNK
+    tokens = tokens_of(40, 3 * CHUNK)
+    tier.store(tokens)
+    publisher.step()
+    assert publisher.router.held(tokens, "CPU") == 3 * CHUNK
+    publisher.link.close()
+
+
+def test_nothing_is_asked_where_no_events_are_published(server, request, monkeypatch):
+    publisher = Publisher(server, request.node.name, monkeypatch, publishes_events=False)
+    before = num_asked(server)
+    publisher.step()
+    assert num_asked(server) == before
+    publisher.link.close()
+
+
+def num_asked(server: RunningServer) -> str:
+    """Return what the server's metrics say about the message by which events are asked for."""
+    client = Client(server.socket_path)
+    try:
+        lines = client.get("/metrics", TIMEOUT_S).decode().splitlines()
+    finally:
+        client.close()
+    return next((line for line in lines if "FollowChanges" in line and "_count{" in line), "")
+
+
+@pytest.mark.parametrize(("setting", "kind"), [("1", int), ("0", bytes)])
+def test_hashes_have_the_form_that_vllm_is_set_to(monkeypatch, setting, kind):
+    monkeypatch.setenv("VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES", setting)
+    hashes = kv_events.block_hashes(b"k" * 16, 1024)
+    assert len(set(hashes)) == 1024
+    assert all(isinstance(each, kind) for each in hashes)
+    assert hashes[-1] == kv_events.block_hashes(b"k" * 16, 1)[0], "the parent of the next chunk"
