@@ -42,11 +42,13 @@ from cachetier.core.messages import (
     Trim,
 )
 from cachetier.core.pool_messages import CheckPools, CommitPool, OfferPool
+from cachetier.service import json_match
 from cachetier.service.metrics import Metrics
 from cachetier.service.sessions import WatchedSessions
 from cachetier.store.store import Store
 
 BODY_TYPES = ("application/msgpack", "application/x-msgpack")
+JSON_TYPE = "application/json"
 SLOW = (ListDocuments, FollowChanges)  # they look up on disk what they list
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -98,7 +100,8 @@ class Service:
             FollowChanges: store.events.follow,
         }
         for kind, path in PATH_OF.items():
-            app.router.add_post(path, self._message_handler(kind, calls[kind]))
+            handler = self._message_handler(kind, calls[kind])
+            app.router.add_post(path, self._match_handler(handler) if kind is Match else handler)
         app.router.add_get(f"/v{API_VERSION}/session/{{session:[0-9]{{1,20}}}}/watch", self._watch)
         app.router.add_get(f"/v{API_VERSION}/stats", self._stats)
         app.router.add_get(f"/v{API_VERSION}/namespaces", self._namespaces)
@@ -113,14 +116,26 @@ class Service:
         async def handle(request: web.Request) -> web.Response:
             if request.content_type not in BODY_TYPES:
                 raise ProtocolError(f"the body must be of type {BODY_TYPES[0]}", 415)
-            if (request.content_length or 0) > MAX_BODY_BYTES:
-                raise ProtocolError(f"the body may have {MAX_BODY_BYTES} bytes at most", 413)
-            body = await request.read()
+            body = await _read_body(request)
             start = time.perf_counter()
             message = decode(kind, body)
             reply = encode(await asyncio.to_thread(call, message) if kind in SLOW else call(message))
             observe(time.perf_counter() - start)
             return web.Response(body=reply, content_type=BODY_TYPES[0])
+
+        return handle
+
+    def _match_handler(self, handle_message: Handler) -> Handler:
+        observe = self.metrics.observer("JsonMatch")
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            if request.content_type != JSON_TYPE:
+                return await handle_message(request)
+            body = await _read_body(request)
+            start = time.perf_counter()
+            reply = await asyncio.to_thread(json_match.answer, self.store, body)
+            observe(time.perf_counter() - start)
+            return web.Response(body=reply, content_type=JSON_TYPE)
 
         return handle
 
@@ -136,10 +151,10 @@ class Service:
             self.sessions.end(session)
 
     async def _stats(self, _: web.Request) -> web.Response:
-        return web.Response(body=msgspec.json.encode(self.store.stats()), content_type="application/json")
+        return web.Response(body=msgspec.json.encode(self.store.stats()), content_type=JSON_TYPE)
 
     async def _namespaces(self, _: web.Request) -> web.Response:
-        return web.Response(body=msgspec.json.encode(self.store.namespaces()), content_type="application/json")
+        return web.Response(body=msgspec.json.encode(self.store.namespaces()), content_type=JSON_TYPE)
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -151,6 +166,12 @@ class Service:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self.metrics.exposition(), headers={"Content-Type": self.metrics.content_type})
+
+
+async def _read_body(request: web.Request) -> bytes:
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise ProtocolError(f"the body may have {MAX_BODY_BYTES} bytes at most", 413)
+    return await request.read()
 
 
 def _authorized(token: str) -> Any:

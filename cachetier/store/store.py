@@ -80,6 +80,7 @@ class Store:
             an impossible request, 409 where the request contradicts what is known.
 
     Attributes:
+        chunk_tokens: tokens a chunk.
         data_dir: the data directory.
         documents, engines, events: answer the messages about them.
         look_up: says what is held of a prompt: `Matcher.look_up`.
@@ -89,6 +90,7 @@ class Store:
         self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic, files: FileLayer | None = None
     ) -> None:
         self._config = config
+        self.chunk_tokens = config.chunk_tokens
         self._clock = clock
         self._opened_at = clock()
         self._instance = os.urandom(INSTANCE_BYTES)
@@ -163,7 +165,7 @@ class Store:
             session=session.id,
             instance=self.instance,
             version=cachetier.__version__,
-            chunk_tokens=self._config.chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
             arena_path=self._arena_path,
             arena_bytes=self._config.host_bytes,
             lease_ttl_s=self._config.lease_ttl_s,

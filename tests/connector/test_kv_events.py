@@ -1,17 +1,15 @@
 """What routers are told: from the events alone, and from tokens, they know what of a text the node's tier holds."""
 
 import dataclasses
-from collections import defaultdict
 from typing import Any
 
-import msgspec
 import pytest
-from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
 
 from cachetier.client import Client
 from cachetier_connector import kv_events
 from cachetier_connector.kv_events import TierEvents
 from tests.connector.blends import facts_of
+from tests.connector.router import Router
 from tests.connector.servers import (
     BLOCK,
     CHUNK,
@@ -28,43 +26,6 @@ from tests.connector.servers import (
     tokens_of,
 )  # fmt: skip
 from tests.service.running import RunningServer
-
-
-class Router:
-    """A router as others are: it hashes tokens by itself and takes block hashes for names.
-
-    Like those it does not know blocks whose parent it does not know, or whose size is not its own.
-    """
-
-    def __init__(self, block_tokens: int = BLOCK) -> None:
-        self.block_tokens = block_tokens
-        self.text_of: dict[Any, tuple[int, ...]] = {None: ()}
-        self.media: dict[tuple[int, ...], set[str]] = defaultdict(set)
-
-    def learn(self, events: list[Any]) -> None:
-        """Apply events as they arrive, after their way through vLLM's encoding."""
-        batch = msgspec.msgpack.decode(msgspec.msgpack.encode(KVEventBatch(ts=0.0, events=events)), type=KVEventBatch)
-        for event in batch.events:
-            if isinstance(event, BlockRemoved):
-                for name in event.block_hashes:
-                    self.media[self.text_of[name]].remove(event.medium)
-                continue
-            assert isinstance(event, BlockStored)
-            assert event.block_size == self.block_tokens
-            assert len(event.token_ids) == len(event.block_hashes) * event.block_size
-            text = self.text_of[event.parent_block_hash]
-            for number, name in enumerate(event.block_hashes):
-                text += tuple(event.token_ids[number * event.block_size : (number + 1) * event.block_size])
-                assert self.text_of.setdefault(name, text) == text, "one name for two texts"
-                assert event.medium not in self.media[text], "said twice"
-                self.media[text].add(event.medium)
-
-    def held(self, tokens: list[int], medium: str) -> int:
-        """Return how many leading tokens of a prompt the engine's node has."""
-        size = self.block_tokens
-        ends = range(size, len(tokens) + 1, size)
-        misses = (end - size for end in ends if medium not in self.media[tuple(tokens[:end])])
-        return next(misses, len(tokens) // size * size)
 
 
 class Publisher:
