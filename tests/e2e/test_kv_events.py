@@ -14,7 +14,7 @@ from tests.service.test_app import UnixConnection
 
 pytestmark = pytest.mark.engine
 
-BLOCK = 16
+BLOCK = 32  # half a chunk
 WAIT_S = 30
 
 
