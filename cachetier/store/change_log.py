@@ -56,10 +56,9 @@ class ChangeLog:
         return [change for owner, change in taken if owner in (None, namespace)], number + len(taken)
 
     def stop(self) -> None:
-        """Forget everything: nobody follows. Whoever was told up to here must see that there is a gap."""
+        """Forget everything: nobody follows."""
         self.is_followed = False
         self._entries.clear()
-        self.end += 1
 
     def _note(self, namespace: NamespaceId | None, change: Change) -> None:
         self._entries.append((namespace, change))

@@ -8,38 +8,34 @@ Of the gpu tier nothing is said: what has a copy there is in host memory too, an
 engine's own blocks. Nor of the remote tier, which every node reaches alike, and which evicts without saying so.
 """
 
-import logging
-from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable
 
 from cachetier.core.event_messages import Change, FollowChanges, FollowChangesReply
-from cachetier.core.keys import TOKEN_BYTES, ChainKey, NamespaceId
+from cachetier.core.keys import ChainKey, NamespaceId
 from cachetier.core.messages import TIER_DISK, TIER_HOST
-from cachetier.storage.disk import DiskChunk
 from cachetier.store.books import Books
-from cachetier.store.chunk import ChunkState, HostChunk
+from cachetier.store.chunk import ChunkState
+from cachetier.store.held_chunks import HeldChunks
 
 CHUNKS_PER_REPLY = 256
 SILENT_MAX_S = 60.0
-
-log = logging.getLogger(__name__)
+LISTING_S = 0.02  # so long a reply may take for listing: others want their turn
 
 
 class _Follower:
     """How far an engine has been told.
 
     Attributes:
-        held: what is still to be said of what was held when it began.
+        held: what was held when it began, as far as it has not been told.
         number: of the first change in the log that it has not been told.
     """
 
     __slots__ = ("asked_at", "held", "namespace", "number")
 
-    def __init__(self, namespace: NamespaceId, held: Iterable[ChainKey], number: int) -> None:
+    def __init__(self, namespace: NamespaceId, held: HeldChunks) -> None:
         self.namespace = namespace
-        self.held = deque(held)
-        self.number = number
+        self.held = held
+        self.number = 0
         self.asked_at = 0.0
 
 
@@ -52,21 +48,28 @@ class Events:
 
     def follow(self, message: FollowChanges) -> FollowChangesReply:
         """See `FollowChanges`; 404 for an unknown session or namespace."""
-        books, changes = self._books, self._books.changes
+        books, changes, starts_anew = self._books, self._books.changes, False
         with books.lock:
-            books.leases.session(message.session, books.clock())
+            now = books.clock()
+            books.leases.session(message.session, now)
             namespace = books.namespaces.get(message.namespace).id
-            follower = self._followers.get(message.session)
+            follower, found = self._followers.get(message.session), None
             if follower is not None and follower.namespace == namespace:
-                follower.asked_at = books.clock()
-                if not follower.held and (found := changes.since(follower.number, namespace, CHUNKS_PER_REPLY)):
-                    told, follower.number = found
-                    has_more = follower.number < changes.end
-                    return FollowChangesReply(changes=told, starts_anew=False, has_more=has_more)
-        starts_anew = follower is None or follower.namespace != namespace or not follower.held
-        if follower is None or starts_anew:
-            follower = self._begin(message.session, namespace)
-        return FollowChangesReply(changes=self._tell_held(follower), starts_anew=starts_anew, has_more=True)
+                found = changes.since(follower.number, namespace, CHUNKS_PER_REPLY)
+            if follower is None or found is None:
+                changes.is_followed = True
+                held = HeldChunks(books, namespace, list(books.table.chunks.values()))
+                follower, found = _Follower(namespace, held), ([], changes.end)
+                self._followers[message.session], starts_anew = follower, True
+            told, follower.number = found
+            follower.asked_at, has_more = now, follower.number < changes.end
+        if not follower.held.is_done:
+            for change in told:  # the engine takes those whose parents it knows; of the others it hears again
+                if change.tokens:
+                    follower.held.add(change.key, change.parent)
+            told += self._describe(follower.held.take(CHUNKS_PER_REPLY, LISTING_S), namespace)
+        has_more |= not follower.held.is_done
+        return FollowChangesReply(changes=told, starts_anew=starts_anew, has_more=has_more)
 
     def end_session(self, session: int) -> None:
         """Forget a session that has ended (lock held)."""
@@ -79,41 +82,10 @@ class Events:
             if now - follower.asked_at > SILENT_MAX_S or not is_open(session):
                 self.end_session(session)
 
-    def _begin(self, session: int, namespace: NamespaceId) -> _Follower:
-        books = self._books
-        with books.lock:
-            books.changes.is_followed = True  # from before the look on: what happens meanwhile is said twice
-            number, chunks = books.changes.end, list(books.table.chunks.values())
-        follower = _Follower(namespace, self._held(namespace, chunks), number)
-        with books.lock:
-            follower.asked_at = books.clock()
-            books.changes.is_followed = True  # others may have ended meanwhile: then the log has a gap, and it shows
-            self._followers[session] = follower
-        return follower
-
-    def _held(self, namespace: NamespaceId, chunks: list[HostChunk]) -> list[ChainKey]:
-        """Return the chunks that the tiers have of a namespace's texts without a salt, parents before children."""
-        found: dict[ChainKey, tuple[int, ChainKey]] = {}
-        text_bytes, disk = self._books.chunk_tokens * TOKEN_BYTES, self._books.disk
-        everywhere: Iterable[HostChunk | DiskChunk] = chain(chunks, disk.chunks() if disk is not None else ())
-        try:
-            for chunk in everywhere:
-                if chunk.namespace == namespace and len(chunk.content) == text_bytes:
-                    found[chunk.key] = chunk.position, chunk.parent
-        except OSError as error:
-            log.warning("routers do not learn of all that is on disk: the index cannot be read: %s", error)
-        known, held = {self._books.hasher.root(namespace, "")}, []
-        for key, (_, parent) in sorted(found.items(), key=lambda item: item[1][0]):
-            if parent in known:
-                known.add(key)
-                held.append(key)
-        return held
-
-    def _tell_held(self, follower: _Follower) -> list[Change]:
-        """Return what a part of the follower's chunks is by now, taking it off the list."""
+    def _describe(self, keys: list[ChainKey], namespace: NamespaceId) -> list[Change]:
+        """Return what chunks that were held are by now."""
         books, disk, told = self._books, self._books.disk, list[Change]()
-        keys = [follower.held.popleft() for _ in range(min(CHUNKS_PER_REPLY, len(follower.held)))]
-        root = books.hasher.root(follower.namespace, "")
+        root = books.hasher.root(namespace, "")
         with books.lock:
             found = {key: chunk for key in keys if (chunk := books.table.chunks.get(key)) is not None}
             ready = {key: chunk for key, chunk in found.items() if chunk.state is ChunkState.READY}

@@ -1,15 +1,16 @@
 """What the node's tier holds, told to routers as vLLM's KV events.
 
-`tend` runs on the matcher's thread, which owns the link: it asks the server what changed and turns that into vLLM's
-events; `take` runs on the scheduler's thread, in every step. An engine without steps publishes nothing, so events wait
-here, and when many do, the server is asked for no more: it begins anew once they are taken.
+A thread with a link of its own, so that whatever becomes of it, matches do not wait, asks the server what changed and
+turns that into vLLM's events; `take` runs on the scheduler's thread, in every step. An engine without steps publishes
+nothing, so events wait here, and when many do, the server is asked for no more until they are taken.
 
 A chunk is published as blocks of the engine's size, because routers drop blocks of any other; where blocks are larger
 than chunks, as one block of the chunk's size. The hash of a chunk's last block is the chain key, so that the next chunk
 names it as parent; those of the blocks before it are derived from the key, so that the key alone can remove them.
 """
 
-import time
+import logging
+import threading
 from array import array
 from collections import deque
 from collections.abc import Sequence
@@ -28,22 +29,43 @@ if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
 
 INTERVAL_S = 0.5
-CALL_TIMEOUT_S = 1.0
+MORE_INTERVAL_S = 0.02  # so long the rest of the engine's process has its turn
+CALL_TIMEOUT_S = 5.0
 WAITING_MAX = 8192  # events that no step has taken yet
 PUBLISHED_MAX = 1 << 20  # chunks; what comes beyond is not published
 CHUNKS_PER_EVENT = 256
 MEDIA = {TIER_HOST: "CPU", TIER_DISK: "STORAGE"}  # the words of vLLM's own tiers
+
+log = logging.getLogger(__name__)
 
 
 class TierEvents:
     """Follows the tier's changes while the engine publishes KV events; else does nothing."""
 
     def __init__(self, link: ServerLink, facts: EngineFacts, identity: ModelIdentity) -> None:
-        """Do nothing yet; `identity` is that of the model without an adapter."""
+        """Do nothing yet.
+
+        Args:
+            link: used by the thread alone from now on.
+            facts: of the engine.
+            identity: of the model without an adapter.
+        """
         self._link, self._facts, self._identity = link, facts, identity
         self._tiers: dict[bytes, set[int]] = {}  # of the chunks that are published now
         self._waiting: deque[KVCacheEvent] = deque()
-        self._next_s = 0.0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cachetier-events", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread if the engine publishes events."""
+        if self._facts.publishes_events:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(CALL_TIMEOUT_S)
 
     def take(self) -> "list[KVCacheEvent]":
         """Return what is to be published, in order."""
@@ -53,27 +75,33 @@ class TierEvents:
         """From now on the engine has weights of another generation, and what is held of others' is of no use to it."""
         self._identity = msgspec.structs.replace(self._identity, generation=generation)
 
-    def tend(self) -> None:
-        """Do what is due. Cheap when nothing is."""
-        now, server = time.monotonic(), self._link.server
-        if not self._facts.publishes_events or now < self._next_s or server is None or len(self._waiting) > WAITING_MAX:
-            return
-        self._next_s = now + INTERVAL_S
+    def ask(self) -> bool:
+        """Ask once what changed (on the thread); return whether there is more to be asked for at once."""
+        if len(self._waiting) > WAITING_MAX or not self._link.probe() or (server := self._link.server) is None:
+            return False
         namespace = self._link.namespace(self._identity, [self._facts.layout], CALL_TIMEOUT_S)
         if namespace is None:
-            return
+            return False
         reply: FollowChangesReply | None = self._link.call(
             lambda session: FollowChanges(session=session, namespace=namespace), CALL_TIMEOUT_S
         )
         if reply is None:
-            return
-        if reply.starts_anew:
-            self._publish(
-                [Change(key, tier) for key, tiers in self._tiers.items() for tier in tiers], server.chunk_tokens
-            )
+            return False
+        if reply.starts_anew:  # one by one, and not by AllBlocksCleared, which is of the engine's own blocks too
+            gone = [Change(key, tier) for tier in MEDIA for key, tiers in self._tiers.items() if tier in tiers]
+            self._publish(gone, server.chunk_tokens)
         self._publish(reply.changes, server.chunk_tokens)
-        if reply.has_more:
-            self._next_s = now
+        return reply.has_more
+
+    def _run(self) -> None:
+        pause_s = 0.0
+        while not self._stopping.wait(pause_s):
+            pause_s = INTERVAL_S
+            try:
+                pause_s = MORE_INTERVAL_S if self.ask() else INTERVAL_S
+            except Exception:  # the thread's boundary
+                log.exception("cachetier: KV events of the tier could not be published")
+        self._link.close()
 
     def _publish(self, changes: Sequence[Change], chunk_tokens: int) -> None:
         """Queue events for what is news, chunks that follow one another in one event."""
@@ -91,18 +119,24 @@ class TierEvents:
             self._waiting.append(_event_of(run, chunk_tokens, block_tokens))
 
     def _is_news(self, change: Change) -> bool:
-        """Note a change; tell whether routers do not know it yet and can use it: a block's parent must be published."""
-        tiers = self._tiers.get(change.key, set())
-        if (change.tier in tiers) == bool(change.tokens):
+        """Note a change; tell whether routers do not know it yet and can use it.
+
+        They cannot place a block whose parent is unknown to them; nor could an engine load it.
+        """
+        tiers = self._tiers.get(change.key)
+        if (tiers is not None and change.tier in tiers) == bool(change.tokens):
             return False
         if not change.tokens:
+            assert tiers is not None
             tiers.discard(change.tier)
             if not tiers:
                 del self._tiers[change.key]
-            return True
-        if (change.parent and change.parent not in self._tiers) or len(self._tiers) >= PUBLISHED_MAX:
+        elif tiers is not None:
+            tiers.add(change.tier)
+        elif (change.parent and change.parent not in self._tiers) or len(self._tiers) >= PUBLISHED_MAX:
             return False
-        self._tiers.setdefault(change.key, tiers).add(change.tier)
+        else:
+            self._tiers[change.key] = {change.tier}
         return True
 
 

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Matcher:
         max_blocking_s: float,
         *,
         reads_pools: bool = False,
-        chores: Sequence[Callable[[], None]] = (),
+        chore: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the thread.
 
@@ -55,10 +55,10 @@ class Matcher:
             layout: of its KV cache group.
             max_blocking_s: how long a match may take before the server counts as dead.
             reads_pools: whether the engine can use copies in device memory.
-            chores: what else is to be done on the thread, called after every job and every `IDLE_S` at least.
+            chore: what else is to be done on the thread, called after every job and every `IDLE_S` at least.
         """
         self._link, self._identity, self._layout = link, identity, layout
-        self._max_blocking_s, self._reads_pools, self._chores = max_blocking_s, reads_pools, chores
+        self._max_blocking_s, self._reads_pools, self._chore = max_blocking_s, reads_pools, chore
         self._release_s = max(RELEASE_TIMEOUT_S, max_blocking_s)
         self._documents = Documents(link, max_blocking_s, reads_pools=reads_pools)
         self._jobs: queue.Queue[Callable[[], object]] = queue.Queue(MAX_JOBS)
@@ -194,8 +194,7 @@ class Matcher:
                 if now >= next_renewal_s and self._link.server:
                     next_renewal_s = now + self._link.server.lease_ttl_s / 3
                     self._renew()
-                for chore in self._chores:
-                    chore()
+                self._chore()
             except Exception:
                 log.exception("cachetier: a job of the matcher failed")
         self._link.close()

@@ -72,14 +72,15 @@ class SchedulerHalf:
         self._link = ServerLink("scheduler", facts.engine, find_and_remember)
         self._connect()
         self._role = RoleKeeper(self._link, facts, identity)
-        self.events = TierEvents(self._link, facts, identity)
+        self.events = TierEvents(ServerLink("events", facts.engine, lambda: self._socket_path), facts, identity)
+        self.events.start()
         self._matcher = Matcher(
             self._link,
             identity,
             facts.layout,
             facts.config.match_deadline_ms / 1000,
             reads_pools=facts.device == "cuda",
-            chores=(self._role.tend, self.events.tend),
+            chore=self._role.tend,
         )
 
     def _connect(self) -> None:
@@ -267,6 +268,7 @@ class SchedulerHalf:
 
     def stop(self) -> None:
         """Give all leases back and end the conversation."""
+        self.events.stop()
         self._matcher.stop()
 
     # Internals.

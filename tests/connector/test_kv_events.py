@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from cachetier.client import Client
 from cachetier_connector import kv_events
 from cachetier_connector.kv_events import TierEvents
 from tests.connector.blends import facts_of
@@ -14,7 +13,6 @@ from tests.connector.servers import (
     BLOCK,
     CHUNK,
     LAYOUT,
-    TIMEOUT_S,
     Blocks,
     Tier,
     blocks_for,
@@ -31,8 +29,7 @@ from tests.service.running import RunningServer
 class Publisher:
     """An engine's scheduler half as far as its events go, and a router that listens to it."""
 
-    def __init__(self, server: RunningServer, weights: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-        monkeypatch.setattr(kv_events, "INTERVAL_S", 0.0)
+    def __init__(self, server: RunningServer, weights: str, **changes: Any) -> None:
         facts = dataclasses.replace(facts_of(), **({"publishes_events": True, "layout": LAYOUT} | changes))
         self.link, self.router = connect(server), Router(facts.block_tokens)
         self.events = TierEvents(self.link, facts, identity(weights))
@@ -40,7 +37,7 @@ class Publisher:
     def step(self) -> list[Any]:
         """Let the link thread and then the scheduler have their turns; return what was published."""
         for _ in range(4):
-            self.events.tend()
+            self.events.ask()
         taken = self.events.take()
         self.router.learn(taken)
         return taken
@@ -51,8 +48,8 @@ class Publisher:
 
 
 @pytest.fixture
-def publisher(server, request, monkeypatch):
-    made = Publisher(server, request.node.name, monkeypatch)
+def publisher(server, request):
+    made = Publisher(server, request.node.name)
     yield made
     made.link.close()
 
@@ -91,18 +88,17 @@ def test_who_starts_on_a_full_tier_publishes_what_it_holds(server, tier, publish
     assert [publisher.router.held(tokens, medium) for medium in ("CPU", "STORAGE")] == [3 * CHUNK] * 2
 
 
-def test_when_the_server_is_replaced_routers_learn_what_is_left(tmp_path, monkeypatch):
+def test_when_the_server_is_replaced_routers_learn_what_is_left(tmp_path):
     tokens = tokens_of(5, 2 * CHUNK)
     with RunningServer(tmp_path / "data") as server:
-        publisher = Publisher(server, "w", monkeypatch)
+        publisher = Publisher(server, "w")
         Tier(server).store(tokens)
         eventually(lambda: on_disk(server))
         publisher.step()
         assert publisher.router.held(tokens, "CPU") == 2 * CHUNK
     with RunningServer(tmp_path / "data"):
-        publisher.step()  # finds the connection gone
-        publisher.link.connect()
-        published = publisher.step()
+        published = eventually(publisher.step)  # once it has found the connection gone, and the server back
+        published += publisher.step()
         assert publisher.router.held(tokens, "CPU") == 0, "memory does not survive"
         assert publisher.router.held(tokens, "STORAGE") == 2 * CHUNK
         assert not any(type(event).__name__ == "AllBlocksCleared" for event in published)
@@ -125,7 +121,7 @@ def test_an_engine_without_steps_lets_few_events_wait_and_catches_up(server, tie
     texts = [tokens_of(10 + number, CHUNK) for number in range(20)]
     for text in texts:
         tier.store(text)
-        publisher.events.tend()
+        publisher.events.ask()
     assert len(publisher.events._waiting) < 8
     eventually(lambda: on_disk(server))
     publisher.step()
@@ -143,8 +139,8 @@ def test_what_follows_an_image_is_not_published_for_routers_could_not_place_it(s
     storer.stop()
 
 
-def test_blocks_larger_than_chunks_are_published_as_chunks(server, tier, request, monkeypatch):
-    publisher = Publisher(server, request.node.name, monkeypatch, block_tokens=2 * CHUNK)
+def test_blocks_larger_than_chunks_are_published_as_chunks(server, tier, request):
+    publisher = Publisher(server, request.node.name, block_tokens=2 * CHUNK)
     publisher.router.block_tokens = CHUNK
     tokens = tokens_of(40, 3 * CHUNK)
     tier.store(tokens)
@@ -153,22 +149,21 @@ def test_blocks_larger_than_chunks_are_published_as_chunks(server, tier, request
     publisher.link.close()
 
 
-def test_nothing_is_asked_where_no_events_are_published(server, request, monkeypatch):
-    publisher = Publisher(server, request.node.name, monkeypatch, publishes_events=False)
-    before = num_asked(server)
-    publisher.step()
-    assert num_asked(server) == before
+@pytest.mark.parametrize("publishes_events", [False, True])
+def test_a_thread_asks_where_events_are_published_and_only_there(server, tier, request, publishes_events):
+    publisher = Publisher(server, request.node.name, publishes_events=publishes_events)
+    tokens = tokens_of(41, 2 * CHUNK)
+    tier.store(tokens)
+    publisher.events.start()
+    if publishes_events:
+        eventually(lambda: len(publisher.events._waiting) > 0)
+        publisher.router.learn(publisher.events.take())
+        assert publisher.router.held(tokens, "CPU") == 2 * CHUNK
+    assert publisher.events._thread.is_alive() == publishes_events
+    publisher.events.stop()
+    assert not publisher.events._thread.is_alive()
+    assert publisher.link.is_up != publishes_events, "it closes its link"
     publisher.link.close()
-
-
-def num_asked(server: RunningServer) -> str:
-    """Return what the server's metrics say about the message by which events are asked for."""
-    client = Client(server.socket_path)
-    try:
-        lines = client.get("/metrics", TIMEOUT_S).decode().splitlines()
-    finally:
-        client.close()
-    return next((line for line in lines if "FollowChanges" in line and "_count{" in line), "")
 
 
 @pytest.mark.parametrize(("setting", "kind"), [("1", int), ("0", bytes)])
