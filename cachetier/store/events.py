@@ -19,7 +19,7 @@ from cachetier.store.held_chunks import HeldChunks
 
 CHUNKS_PER_REPLY = 256
 SILENT_MAX_S = 60.0
-LISTING_S = 0.02  # so long a reply may take for listing: others want their turn
+LISTING_S = 0.005  # so long a reply may take for listing: matches want their turn
 
 
 class _Follower:

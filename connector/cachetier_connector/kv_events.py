@@ -52,6 +52,7 @@ class TierEvents:
         """
         self._link, self._facts, self._identity = link, facts, identity
         self._tiers: dict[bytes, set[int]] = {}  # of the chunks that are published now
+        self._chunk_tokens = 0  # of these; another server may have another size
         self._waiting: deque[KVCacheEvent] = deque()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cachetier-events", daemon=True)
@@ -89,8 +90,9 @@ class TierEvents:
             return False
         if reply.starts_anew:  # one by one, and not by AllBlocksCleared, which is of the engine's own blocks too
             gone = [Change(key, tier) for tier in MEDIA for key, tiers in self._tiers.items() if tier in tiers]
-            self._publish(gone, server.chunk_tokens)
-        self._publish(reply.changes, server.chunk_tokens)
+            self._publish(gone)
+            self._chunk_tokens = server.chunk_tokens
+        self._publish(reply.changes)
         return reply.has_more
 
     def _run(self) -> None:
@@ -103,20 +105,19 @@ class TierEvents:
                 log.exception("cachetier: KV events of the tier could not be published")
         self._link.close()
 
-    def _publish(self, changes: Sequence[Change], chunk_tokens: int) -> None:
+    def _publish(self, changes: Sequence[Change]) -> None:
         """Queue events for what is news, chunks that follow one another in one event."""
-        block_tokens = self._facts.block_tokens
-        if chunk_tokens % block_tokens:
-            block_tokens = chunk_tokens
-        run: list[Change] = []
+        runs: list[list[Change]] = []
         for change in changes:
             if self._is_news(change):
-                if run and not _continues(run, change):
-                    self._waiting.append(_event_of(run, chunk_tokens, block_tokens))
-                    run = []
-                run.append(change)
-        if run:
-            self._waiting.append(_event_of(run, chunk_tokens, block_tokens))
+                if runs and _continues(runs[-1], change):
+                    runs[-1].append(change)
+                else:
+                    runs.append([change])
+        chunk_tokens, block_tokens = self._chunk_tokens, self._facts.block_tokens
+        if runs and chunk_tokens % block_tokens:
+            block_tokens = chunk_tokens
+        self._waiting.extend(_event_of(run, chunk_tokens, block_tokens) for run in runs)
 
     def _is_news(self, change: Change) -> bool:
         """Note a change; tell whether routers do not know it yet and can use it.

@@ -1,6 +1,7 @@
 """What routers are told: from the events alone, and from tokens, they know what of a text the node's tier holds."""
 
 import dataclasses
+import shutil
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from tests.connector.servers import (
     store_op,
     tokens_of,
 )  # fmt: skip
-from tests.service.running import RunningServer
+from tests.service.running import SMALL, RunningServer
 
 
 class Publisher:
@@ -102,6 +103,20 @@ def test_when_the_server_is_replaced_routers_learn_what_is_left(tmp_path):
         assert publisher.router.held(tokens, "CPU") == 0, "memory does not survive"
         assert publisher.router.held(tokens, "STORAGE") == 2 * CHUNK
         assert not any(type(event).__name__ == "AllBlocksCleared" for event in published)
+        publisher.link.close()
+
+
+def test_a_server_with_other_chunks_leaves_nothing_of_the_former_behind(tmp_path):
+    tokens = tokens_of(7, 2 * CHUNK)
+    with RunningServer(tmp_path / "data") as server:
+        publisher = Publisher(server, "w")
+        Tier(server).store(tokens)
+        publisher.wait_until_held(tokens, "CPU")
+    shutil.rmtree(tmp_path / "data")
+    with RunningServer(tmp_path / "data", "--chunk-tokens", "32", *SMALL):
+        eventually(publisher.step)
+        assert publisher.router.held(tokens, "CPU", "STORAGE") == 0
+        assert not any(publisher.router.media.values())
         publisher.link.close()
 
 

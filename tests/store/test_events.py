@@ -199,7 +199,8 @@ def test_the_log_is_kept_while_somebody_asks_and_no_longer(store, engine, listen
     assert not changes.is_followed
 
 
-def test_what_is_held_is_told_in_parts(open_store):
+def test_what_is_held_is_told_in_parts(open_store, monkeypatch):
+    monkeypatch.setattr(events, "LISTING_S", 10.0)
     engine = Engine(open_store(host_bytes=16 * MIB))
     listener, count = Listener(engine), CHUNKS_PER_REPLY + 10
     for start in range(0, count, 100):
