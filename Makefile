@@ -38,7 +38,7 @@ check: venv system ## Lint, types and the tests that need no engine (under 3 min
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 -m 'not engine and not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 -rs -m 'not engine and not slow and not gpu'
 
 test: check ## Everything: check, then the slow tests and those with real engines (under 60 minutes)
 	$(BIN)/python -m pytest -m 'engine or slow or gpu' -rs --durations=15

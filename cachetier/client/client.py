@@ -27,6 +27,7 @@ from cachetier.core.engine_messages import (
     SetRoleReply,
 )
 from cachetier.core.errors import ProtocolError, UnavailableError
+from cachetier.core.event_messages import FollowChanges, FollowChangesReply
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
     Commit,
@@ -49,8 +50,9 @@ from cachetier.core.messages import (
 )
 from cachetier.core.pool_messages import CheckPools, CheckPoolsReply, CommitPool, OfferPool
 
-# Sent again these would count twice or end a lease twice; a repeated match or reserve costs a lease that expires.
-NOT_IDEMPOTENT = frozenset({Commit, Report})
+# Sent again these would count twice, end a lease twice or skip what the lost reply told; a repeated match or reserve
+# costs a lease that expires.
+NOT_IDEMPOTENT = frozenset({Commit, Report, FollowChanges})
 
 
 class Client:
@@ -97,6 +99,8 @@ class Client:
     def call(self, message: ListEngines, timeout_s: float) -> ListEnginesReply: ...
     @overload
     def call(self, message: SetRole, timeout_s: float) -> SetRoleReply: ...
+    @overload
+    def call(self, message: FollowChanges, timeout_s: float) -> FollowChangesReply: ...
     @overload
     def call(
         self, message: Release | Invalidate | Report | ReadsDirectly | OfferPool | CommitPool, timeout_s: float

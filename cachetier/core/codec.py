@@ -25,6 +25,7 @@ from cachetier.core.engine_messages import (
     SetRoleReply,
 )
 from cachetier.core.errors import ProtocolError
+from cachetier.core.event_messages import FollowChanges, FollowChangesReply
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
     API_VERSION,
@@ -72,6 +73,7 @@ REPLY_OF: dict[type[Message], type[Message]] = {
     AnnounceEngine: AnnounceEngineReply,
     ListEngines: ListEnginesReply,
     SetRole: SetRoleReply,
+    FollowChanges: FollowChangesReply,
 }
 
 PATH_OF: dict[type[Message], str] = {
@@ -97,6 +99,7 @@ PATH_OF: dict[type[Message], str] = {
     AnnounceEngine: f"/v{API_VERSION}/engines/announce",
     ListEngines: f"/v{API_VERSION}/engines/list",
     SetRole: f"/v{API_VERSION}/engines/role",
+    FollowChanges: f"/v{API_VERSION}/changes",
 }
 
 M = TypeVar("M", bound=Message)

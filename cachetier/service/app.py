@@ -25,6 +25,7 @@ from cachetier.core.document_messages import (
 )
 from cachetier.core.engine_messages import AnnounceEngine, ListEngines, SetRole
 from cachetier.core.errors import ProtocolError
+from cachetier.core.event_messages import FollowChanges
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
     API_VERSION,
@@ -42,12 +43,14 @@ from cachetier.core.messages import (
     Trim,
 )
 from cachetier.core.pool_messages import CheckPools, CommitPool, OfferPool
+from cachetier.service import json_match
 from cachetier.service.metrics import Metrics
 from cachetier.service.sessions import WatchedSessions
 from cachetier.store.store import Store
 
 BODY_TYPES = ("application/msgpack", "application/x-msgpack")
-SLOW = (ListDocuments,)  # looks up on disk what it lists
+JSON_TYPE = "application/json"
+SLOW = (ListDocuments, FollowChanges)  # they look up on disk what they list
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Call = Callable[[Any], Message | Callable[[], Message]]
@@ -96,9 +99,11 @@ class Service:
             AnnounceEngine: store.engines.announce,
             ListEngines: store.engines.listing,
             SetRole: store.engines.set_role,
+            FollowChanges: store.events.follow,
         }
         for kind, path in PATH_OF.items():
-            app.router.add_post(path, self._message_handler(kind, calls[kind]))
+            handler = self._message_handler(kind, calls[kind])
+            app.router.add_post(path, self._match_handler(handler) if kind is Match else handler)
         app.router.add_get(f"/v{API_VERSION}/session/{{session:[0-9]{{1,20}}}}/watch", self._watch)
         app.router.add_get(f"/v{API_VERSION}/stats", self._stats)
         app.router.add_get(f"/v{API_VERSION}/namespaces", self._namespaces)
@@ -113,9 +118,7 @@ class Service:
         async def handle(request: web.Request) -> web.Response:
             if request.content_type not in BODY_TYPES:
                 raise ProtocolError(f"the body must be of type {BODY_TYPES[0]}", 415)
-            if (request.content_length or 0) > MAX_BODY_BYTES:
-                raise ProtocolError(f"the body may have {MAX_BODY_BYTES} bytes at most", 413)
-            body = await request.read()
+            body = await _read_body(request)
             start = time.perf_counter()
             message = decode(kind, body)
             answer = await asyncio.to_thread(call, message) if kind in SLOW else call(message)
@@ -124,6 +127,20 @@ class Service:
             reply = encode(answer)
             observe(time.perf_counter() - start)
             return web.Response(body=reply, content_type=BODY_TYPES[0])
+
+        return handle
+
+    def _match_handler(self, handle_message: Handler) -> Handler:
+        observe = self.metrics.observer("JsonMatch")
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            if request.content_type != JSON_TYPE:
+                return await handle_message(request)
+            body = await _read_body(request)
+            start = time.perf_counter()
+            reply = await asyncio.to_thread(json_match.answer, self.store, body)
+            observe(time.perf_counter() - start)
+            return web.Response(body=reply, content_type=JSON_TYPE)
 
         return handle
 
@@ -139,10 +156,10 @@ class Service:
             self.sessions.end(session)
 
     async def _stats(self, _: web.Request) -> web.Response:
-        return web.Response(body=msgspec.json.encode(self.store.stats()), content_type="application/json")
+        return web.Response(body=msgspec.json.encode(self.store.stats()), content_type=JSON_TYPE)
 
     async def _namespaces(self, _: web.Request) -> web.Response:
-        return web.Response(body=msgspec.json.encode(self.store.namespaces()), content_type="application/json")
+        return web.Response(body=msgspec.json.encode(self.store.namespaces()), content_type=JSON_TYPE)
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -154,6 +171,12 @@ class Service:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self.metrics.exposition(), headers={"Content-Type": self.metrics.content_type})
+
+
+async def _read_body(request: web.Request) -> bytes:
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise ProtocolError(f"the body may have {MAX_BODY_BYTES} bytes at most", 413)
+    return await request.read()
 
 
 def _authorized(token: str) -> Any:

@@ -6,18 +6,20 @@ has it. A dropped chunk is condemned first: from then on nobody sees it, and who
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from cachetier.core.config import ServerConfig
 from cachetier.core.keys import ChainKey, ModelIdentity, NamespaceId
 from cachetier.core.layout import KVLayout
 from cachetier.storage.data_dir import disk_shape
+from cachetier.storage.disk_counters import DiskCounters
 from cachetier.storage.file_layer import FileLayer
 from cachetier.storage.index import Location
 from cachetier.storage.namespaces import NamespaceTable, StoredNamespace
 from cachetier.storage.record_reads import HeldRecord, PlacedRead, Run, extend_runs
 from cachetier.storage.records import DiskChunk
-from cachetier.storage.segment_log import ChunkToWrite, DiskCounters, SegmentLog
+from cachetier.storage.segment_log import ChunkToWrite, SegmentLog
 
 __all__ = ["ChunkToWrite", "DiskChunk", "DiskCounters", "DiskTier", "HeldRecord", "StoredNamespace"]
 
@@ -33,6 +35,7 @@ class DiskTier:
         self._namespaces = namespaces
         self._write_lock = threading.Lock()
         self._condemned: set[ChainKey] = set()
+        self._dropped: deque[ChainKey] = deque()
         self.limit_bytes = limit_bytes
 
     @classmethod
@@ -63,6 +66,22 @@ class DiskTier:
         """Return what is known of the chunk `key`, or None. Does not wait for writers or for payloads."""
         location = self._find(key)
         return location.chunk if location else None
+
+    def chunks(self) -> Iterator[DiskChunk]:
+        """Yield all chunks, reading the whole index; of what is written or dropped meanwhile, some.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        return (chunk for chunk in self._segment_log.chunks() if chunk.key not in self._condemned)
+
+    def take_lost(self) -> list[ChainKey]:
+        """Return the chunks that went since the last call, by eviction or `drop`; some may have been stored again.
+
+        For the thread that appends.
+        """
+        dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
+        return [*dropped, *self._segment_log.take_lost()]
 
     def append(self, chunks: Sequence[ChunkToWrite]) -> list[bool]:
         """Write `chunks` and return, when they are durable and visible, which of them are stored.
@@ -114,6 +133,7 @@ class DiskTier:
         """Forget chunks at once, and durably as soon as no group is being written; return how many were held."""
         held = {key for key in keys if self._find(key)}
         self._condemned |= held
+        self._dropped.extend(held)
         self.counters.dropped += len(held)
         if held and self._write_lock.acquire(blocking=False):
             try:

@@ -18,7 +18,7 @@ When a page is full of living rows, those of the oldest segments go: a cache may
                          from the start of the first; the rows: u64 sequence number, u64 offset of the record in its
                          segment, body (records.py)
 
-Locking: `find` runs on any thread; all else on one thread at a time (DiskTier's write lock).
+Locking: `find` and `rows` run on any thread; all else on one thread at a time (DiskTier's write lock).
 """
 
 import struct
@@ -27,7 +27,7 @@ from collections.abc import Container, Iterator
 import msgspec
 
 from cachetier.core.errors import FormatError
-from cachetier.core.keys import FORMAT_VERSION, KEY_BYTES
+from cachetier.core.keys import FORMAT_VERSION, KEY_BYTES, ChainKey
 from cachetier.core.layout import PAGE_BYTES
 from cachetier.storage.file_layer import FileLayer
 from cachetier.storage.pages import PAYLOAD_OFFSET, PageFile
@@ -112,6 +112,7 @@ class Index:
         self._first_bucket = settings.first_bucket
         self._num_buckets = settings.num_pages - settings.first_bucket
         self._capacity = settings.page_bytes - _KEYS_AT
+        self._displaced: list[ChainKey] = []
         if self._pages.num_copies(0) == 0:
             for _ in range(2):  # both slots hold the settings: a flipped bit loses neither shape nor version
                 self._pages.stage(0, settings.pack())
@@ -186,8 +187,14 @@ class Index:
         while self._used_bytes({**rows, key: row}) > self._capacity:
             oldest = min(rows, key=lambda k: _sequence(rows[k]))
             gone.append(_sequence(rows.pop(oldest)))
+            self._displaced.append(ChainKey(oldest))
         self._stage(pages[number], {**rows, key: row})
         return gone
+
+    def take_displaced(self) -> list[ChainKey]:
+        """Return the keys of the living rows that gave way to others in full pages since the last call."""
+        displaced, self._displaced = self._displaced, []
+        return displaced
 
     def remove(self, key: bytes) -> int | None:
         """Stage the removal of `key`; return the sequence number its row had, if there was one."""

@@ -20,11 +20,12 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
 from cachetier.core.keys import ChainKey
+from cachetier.storage.disk_counters import DiskCounters
 from cachetier.storage.file_layer import FileLayer
 from cachetier.storage.index import IndexSettings, Location, SegmentEntry
 from cachetier.storage.record_reads import BUFFERS_MAX, HeldRecord, Run, read_run
@@ -44,19 +45,6 @@ class ChunkToWrite(msgspec.Struct, frozen=True, kw_only=True):
 
     chunk: DiskChunk
     frames: list[memoryview]
-
-
-class DiskCounters(msgspec.Struct):
-    """What happened since `open`."""
-
-    write_errors: int = 0  # groups that could not be written or made durable
-    read_errors: int = 0  # reads that failed or met a record that is not the one looked for
-    refused: int = 0  # chunks that were given to `append` and not stored
-    dropped: int = 0  # chunks forgotten by `drop` or after a failed read
-    carried: int = 0  # chunks that were copied out of a reclaimed segment
-    evicted: int = 0  # chunks that went with a reclaimed segment or out of a full page of the index
-    reclaimed_segments: int = 0
-    bad_pages: int = 0  # slots of index pages that did not match their checksum
 
 
 class _Item(msgspec.Struct, frozen=True):
@@ -115,6 +103,7 @@ class SegmentLog:
         self._lock = threading.Condition()
         self._reading: Counter[int] = Counter()
         self._held: Counter[int] = Counter()
+        self._lost: list[ChainKey] = []
         self.num_rows = self._count_rows()
 
     def find(self, key: ChainKey) -> Location | None:
@@ -212,6 +201,15 @@ class SegmentLog:
         self._index.commit()
         self._changed = set()
         self.num_rows = self._count_rows()
+
+    def chunks(self) -> Iterator[DiskChunk]:
+        """Yield all chunks that are durable and visible, on any thread; those written meanwhile perhaps."""
+        return (row.chunk for row in self._index.rows() if row.sequence in self._slot_of)
+
+    def take_lost(self) -> list[ChainKey]:
+        """Return the chunks that lost their rows to newer ones since the last call; some may be stored again."""
+        lost, self._lost = self._lost + self._index.take_displaced(), []
+        return lost
 
     @property
     def num_held(self) -> int:
@@ -356,21 +354,22 @@ class SegmentLog:
 
     def _reclaim(self, slot: int) -> None:
         """Carry over what is to be kept of a segment, then free it."""
-        entry = self._table[slot]
+        entry, there = self._table[slot], list[ChainKey]()
         try:
-            self._carry_over(slot, entry)
+            self._carry_over(slot, entry, there)
         except OSError as error:
             self.counters.read_errors += 1
             _log.warning("segment %d cannot be read: %s", slot + 1, error)
         with self._lock:
             self._slot_of = {sequence: s for sequence, s in self._slot_of.items() if s != slot}
+        self._lost += [key for key in there if self.find(key) is None]
         self.counters.evicted += entry.num_rows
         self.counters.reclaimed_segments += 1
         self._table[slot] = SegmentEntry()
         self._changed.add(slot)
         self.num_rows = self._count_rows()
 
-    def _carry_over(self, slot: int, entry: SegmentEntry) -> None:
+    def _carry_over(self, slot: int, entry: SegmentEntry, there: list[ChainKey]) -> None:
         budget = self._segments.segment_bytes // 2
         batch: dict[ChainKey, _Item] = {}
         for offset, header in self._segments.headers(slot, entry.sequence, 0):
@@ -378,6 +377,7 @@ class SegmentLog:
             location = self.find(key)
             if location is None or (location.sequence, location.offset) != (entry.sequence, offset):
                 continue
+            there.append(key)
             is_kept = self._is_pinned(key) or (header.record_bytes <= budget and self._is_hot(key))
             if not is_kept or header.record_bytes > self._free_bytes() - sum(
                 item.record_bytes for item in batch.values()

@@ -15,6 +15,7 @@ from cachetier.core.keys import TOKEN_BYTES, ChainHasher, contents_of
 from cachetier.core.messages import MAX_CHUNKS, Report
 from cachetier.storage.arena import Arena
 from cachetier.storage.disk import DiskTier
+from cachetier.store.change_log import ChangeLog
 from cachetier.store.direct import DirectReaders
 from cachetier.store.disk_pins import DiskPins
 from cachetier.store.document_table import DocumentTable
@@ -52,6 +53,7 @@ class Books:
     namespaces: NamespaceTable
     disk: DiskTier | None
     documents: DocumentTable
+    changes: ChangeLog
     lock: threading.Lock = field(default_factory=threading.Lock)
     disk_pins: DiskPins = field(default_factory=DiskPins)
     direct: DirectReaders = field(default_factory=DirectReaders)

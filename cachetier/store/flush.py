@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 
 from cachetier.core.keys import ChainKey
+from cachetier.core.messages import TIER_DISK
 from cachetier.storage.disk import ChunkToWrite, DiskChunk, DiskTier
 from cachetier.store.books import Books
 from cachetier.store.chunk import ChunkState, HostChunk
@@ -40,6 +41,7 @@ class Flusher:
         self._table = books.table
         self._pins = books.disk_pins
         self._counters = books.counters
+        self._changes = books.changes
         self._disk = disk
         self._view = view
         self._limit_bytes = backlog_bytes
@@ -162,6 +164,7 @@ class Flusher:
             self._run_errand(errand)
         if keys:
             self._run_errand(lambda: self._disk.drop(keys))
+        self._note_gone()
         with self._done:
             for key in keys:
                 del self._forgetting[key]
@@ -181,6 +184,7 @@ class Flusher:
                 stored = self._disk.append([self._to_write(chunk) for chunk in group])
             except Exception:  # the thread's boundary
                 logger.exception("%d chunks could not be written", len(group))
+        self._note_gone()
         leaving = self._pins.take_leaving()
         gone = [key for key in leaving if key in self._table.chunks and self._disk.lookup(key) is None]
         with self._done:
@@ -195,11 +199,20 @@ class Flusher:
     def _note(self, chunk: HostChunk, is_stored: bool) -> None:
         if is_stored:
             self._counters.flushed += 1
+            self._changes.note_stored(chunk, TIER_DISK)
         else:
             self._counters.flushes_failed += 1
         if chunk.state is ChunkState.READY:  # otherwise it was invalidated meanwhile, and `forget` follows
             self._table.set_durable(chunk, is_stored)
         self._finish(chunk)
+
+    def _note_gone(self) -> None:
+        lost = self._disk.take_lost()
+        if self._changes.is_followed:
+            gone = [key for key in lost if self._disk.lookup(key) is None]
+            with self._wake:
+                for key in gone:
+                    self._changes.note_gone(key, TIER_DISK)
 
     def _finish(self, chunk: HostChunk) -> None:
         self.backlog_bytes -= sum(chunk.tiling.frame_bytes)

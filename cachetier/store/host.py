@@ -17,8 +17,10 @@ from collections.abc import Callable
 
 from cachetier.core.arena_format import STATE_BAD, STATE_READY
 from cachetier.core.keys import ChainKey
+from cachetier.core.messages import TIER_HOST
 from cachetier.storage.arena import Arena
 from cachetier.storage.records import DiskChunk
+from cachetier.store.change_log import ChangeLog
 from cachetier.store.chunk import ChunkState, HostChunk, Tiling
 from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.s3fifo import S3Fifo
@@ -45,7 +47,12 @@ class HostTable:
     """
 
     def __init__(
-        self, arena: Arena, gpu: GpuTier, tenant_quota: float = 1.0, clock: Callable[[], float] = time.monotonic
+        self,
+        arena: Arena,
+        gpu: GpuTier,
+        changes: ChangeLog,
+        tenant_quota: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.chunks: dict[ChainKey, HostChunk] = {}
         self.num_ready = 0
@@ -55,6 +62,7 @@ class HostTable:
         self._arena = arena
         self._clock = clock
         self._gpu = gpu
+        self._changes = changes
         self._quota_bytes = int(tenant_quota * arena.data_bytes) if tenant_quota < 1 else None
         self._tenants: dict[ChainKey, Tenant] = {}
         self._queues: dict[tuple[int, ...], S3Fifo] = {}
@@ -138,6 +146,7 @@ class HostTable:
         chunk.age = self._ages
         chunk.used_at_s = self._clock()
         self._queue_of(chunk).add(chunk)
+        self._changes.note_stored(chunk, TIER_HOST)
         if self._quota_bytes is not None:
             self._tenants[chunk.tenant].chunks[chunk.key] = chunk
 
@@ -156,6 +165,7 @@ class HostTable:
             self.num_host_only -= not chunk.is_durable
             self._queue_of(chunk).remove(chunk, remember=evicted)
             self._tenants[chunk.tenant].chunks.pop(chunk.key, None)
+            self._changes.note_gone(chunk.key, TIER_HOST)
         self.num_pending -= chunk.state is ChunkState.PENDING
         self.num_evicted += evicted
         chunk.state = ChunkState.GONE

@@ -81,6 +81,21 @@ class Matcher:
         prompt.direct_bytes_per_s = direct_bytes_per_s
         return prompt
 
+    def look_up(self, namespace: bytes, tokens: bytes, salt: str) -> MatchReply:
+        """Say what is held of a prompt to somebody without a session; changes, leases and counts nothing.
+
+        Copies in device memory count as TIER_GPU.
+
+        Raises:
+            ProtocolError: status 404 for an unknown namespace, 400 for what no prompt can be.
+        """
+        books = self._books
+        contents = books.contents(tokens, [], salt)
+        with books.lock:
+            known = books.namespaces.get(namespace)
+        root = books.hasher.root(known.id, salt)
+        return self._asking(Prompt(known, root, contents, books.hasher.chain(root, contents)), names_copies=True)
+
     def release_read(self, lease: Lease, *, may_fill: bool = True) -> None:
         """Give back what an ended lease to read pinned (lock held); offer what is not on disk to the flusher again.
 
@@ -311,13 +326,14 @@ class Matcher:
         read_bytes = accumulate(chunk.tiling.total_frame_bytes for chunk in on_disk)
         return [each / prompt.direct_bytes_per_s for each in read_bytes]
 
-    def _asking(self, prompt: Prompt) -> MatchReply:
+    def _asking(self, prompt: Prompt, *, names_copies: bool = False) -> MatchReply:
         """Say what this node holds without touching anything; no frames are named, for nothing keeps them."""
         books, tiers = self._books, bytearray()
         for number, key in enumerate(prompt.keys):
             chunk = books.table.chunks.get(key)
             if chunk is not None and chunk.state is not ChunkState.PENDING and prompt.has(number, chunk):
-                tiers.append(tier_of(chunk))
+                copy = chunk.copy if names_copies else None
+                tiers.append(TIER_GPU if copy is not None and copy.is_ready else tier_of(chunk))
                 continue
             row = books.disk.lookup(key) if chunk is None and books.disk is not None else None
             if row is None or not prompt.has(number, row) or (self._flusher and self._flusher.is_forgotten(key)):

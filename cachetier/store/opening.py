@@ -14,6 +14,7 @@ from cachetier.storage.disk import DiskTier
 from cachetier.storage.documents import DocumentFile
 from cachetier.storage.file_layer import FileLayer
 from cachetier.store.books import Books
+from cachetier.store.change_log import ChangeLog
 from cachetier.store.disk_pins import DiskPins
 from cachetier.store.document_table import DocumentTable
 from cachetier.store.flush import Flusher
@@ -66,12 +67,13 @@ def _open_on(
     files: FileLayer | None,
     make_remote: MakeStore | None,
 ) -> Tiers:
-    pins, gpu = DiskPins(), GpuTier(config.lease_ttl_s)
+    pins, gpu, hasher = DiskPins(), GpuTier(config.lease_ttl_s), ChainHasher(data_dir.secret)
+    changes = ChangeLog(lambda namespace: hasher.root(namespace, ""), config.chunk_tokens)
     file = None
     if config.disk_bytes:
         file = DocumentFile(config.data_dir, files or FileLayer(), documents_bytes(config))
     documents = DocumentTable.open(file)
-    table = HostTable(arena, gpu, config.tenant_quota, clock)
+    table = HostTable(arena, gpu, changes, config.tenant_quota, clock)
     disk = None
     if config.disk_bytes:
         disk = DiskTier.open(
@@ -83,13 +85,14 @@ def _open_on(
     books = Books(
         chunk_tokens=config.chunk_tokens,
         clock=clock,
-        hasher=ChainHasher(data_dir.secret),
+        hasher=hasher,
         table=table,
         gpu=gpu,
         leases=LeaseTable(config.lease_ttl_s),
         namespaces=NamespaceTable(config.chunk_tokens, arena),
         disk=disk,
         documents=documents,
+        changes=changes,
         disk_pins=pins,
     )
     flusher = Flusher(books, disk, arena.frame, arena.data_bytes // 2) if disk else None

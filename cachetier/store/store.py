@@ -43,6 +43,7 @@ from cachetier.store.chunk import ChunkState
 from cachetier.store.direct import DirectChunk
 from cachetier.store.documents import Documents
 from cachetier.store.engines import Engines
+from cachetier.store.events import Events
 from cachetier.store.leases import Lease
 from cachetier.store.matching import Matcher
 from cachetier.store.opening import open_tiers
@@ -69,8 +70,10 @@ class Store:
             an impossible request, 409 where the request contradicts what is known.
 
     Attributes:
+        chunk_tokens: tokens a chunk.
         data_dir: the data directory.
-        documents, engines: answer the messages about them.
+        documents, engines, events: answer the messages about them.
+        look_up: says what is held of a prompt: `Matcher.look_up`.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Store:
     ) -> None:
         """Open the store; `files` and `remote` stand in for the operating system's files and the remote store."""
         self._config = config
+        self.chunk_tokens = config.chunk_tokens
         self._clock = clock
         self._opened_at = clock()
         self._instance = os.urandom(INSTANCE_BYTES)
@@ -98,7 +102,8 @@ class Store:
         self._matcher = Matcher(self._books, self._flusher, self._promoter, self._remote)
         self._storer = Storer(self._books, self._flusher, self._remote, config.lease_ttl_s)
         self.documents = Documents(self._books, self._matcher, self._flusher, tiers.document_file)
-        self.engines = Engines(self._books)
+        self.engines, self.events = Engines(self._books), Events(self._books)
+        self.look_up = self._matcher.look_up
 
     @property
     def instance(self) -> str:
@@ -113,7 +118,7 @@ class Store:
             session=session.id,
             instance=self.instance,
             version=cachetier.__version__,
-            chunk_tokens=self._config.chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
             arena_path=self._arena.path,
             arena_bytes=self._config.host_bytes,
             lease_ttl_s=self._config.lease_ttl_s,
@@ -129,6 +134,7 @@ class Store:
             self._books.gpu.end_session(session)
             self._books.direct.end_session(session)
             self._books.engines.end_session(session)
+            self.events.end_session(session)
             self._end_dead(self._books.leases.close_session(session))
 
     def register_namespace(self, message: RegisterNamespace) -> RegisterNamespaceReply:
@@ -294,6 +300,7 @@ class Store:
             self._books.gpu.expire(now, self._books.leases.is_open)
             self._books.direct.expire(self._books.leases.is_open)
             self._books.engines.expire(self._books.leases.is_open)
+            self.events.expire(now, self._books.leases.is_open)
             if self._remote is not None:
                 self._remote.expire()
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from cachetier_connector.worker_half import WorkerHalf
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -171,6 +172,9 @@ class CachetierConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduling.request_finished(request), None
+
+    def take_events(self) -> "Iterable[KVCacheEvent]":
+        return self._scheduling.events.take()
 
     def reset_cache(self) -> bool | None:
         self._scheduling.reset()

@@ -46,6 +46,7 @@ class EngineFacts:
         tensor_parallel, pipeline_parallel: ranks of a stage, and stages.
         pass_tokens_max, pass_runs_max: most tokens, and most sequences, of one forward pass.
         blend_refusal: why prompts cannot be blended; empty: nothing in the configuration speaks against it.
+        publishes_events: whether vLLM publishes KV events.
     """
 
     engine: str
@@ -61,6 +62,7 @@ class EngineFacts:
     pass_tokens_max: int
     pass_runs_max: int
     blend_refusal: str
+    publishes_events: bool = False
 
     @property
     def num_workers(self) -> int:
@@ -102,6 +104,7 @@ def read_facts(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> E
         pass_tokens_max=vllm_config.scheduler_config.max_num_batched_tokens,
         pass_runs_max=vllm_config.scheduler_config.max_num_seqs,
         blend_refusal=_blend_refusal(vllm_config, spec),
+        publishes_events=bool(getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False)),
     )
 
 

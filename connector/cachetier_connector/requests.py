@@ -1,6 +1,7 @@
 """What the scheduler half remembers of each request. Owned by vLLM's scheduler thread, except where noted."""
 
 import dataclasses
+import logging
 import threading
 import time
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ from cachetier.core.messages import MatchReply
 from cachetier_blend.plan import BlendPlan
 from cachetier_connector.break_even import Choice
 from cachetier_connector.wishes import Wishes
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(slots=True)
@@ -102,3 +105,13 @@ class TrackedRequest:
     def id(self) -> str:
         """vLLM's id of the request."""
         return str(self.request.request_id)
+
+
+def log_times(tracked: TrackedRequest, ticket: MatchTicket) -> None:
+    """Say what became of the time of a request that was loaded and is now scheduled for the first time."""
+    times_s = (ticket.replied_s, tracked.planned_s, tracked.loaded_s, time.monotonic())
+    log.debug(
+        "cachetier: request %s: matched %.2f ms, planned %.2f ms, loaded %.2f ms, scheduled %.2f ms after it arrived",
+        tracked.id,
+        *(1000 * (each_s - ticket.since_s) for each_s in times_s),
+    )

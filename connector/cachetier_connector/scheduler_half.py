@@ -21,12 +21,13 @@ from cachetier_connector.blend_guard import BlendGuard
 from cachetier_connector.blend_schedule import BlendSchedule
 from cachetier_connector.break_even import BreakEven, Hit
 from cachetier_connector.facts import EngineFacts, is_addressable, may_read
+from cachetier_connector.kv_events import TierEvents
 from cachetier_connector.link import ServerLink
 from cachetier_connector.load_ops import blend_loads, documents_as_hit, load_op, share_choice, tiers_of_load
 from cachetier_connector.matcher import Matcher
 from cachetier_connector.plan import StepPlan, StoreOp, Verdict, first_failed_token, loadable_end, tokens_to_bytes
 from cachetier_connector.prefill_rate import work_of
-from cachetier_connector.requests import MatchTicket, TrackedRequest
+from cachetier_connector.requests import MatchTicket, TrackedRequest, log_times
 from cachetier_connector.role_keeper import RoleKeeper
 from cachetier_connector.wishes import wishes_of
 
@@ -42,7 +43,11 @@ log = logging.getLogger(__name__)
 
 
 class SchedulerHalf:
-    """Decides; the workers do."""
+    """Decides; the workers do.
+
+    Attributes:
+        events: what routers are to be told of the tier.
+    """
 
     def __init__(self, facts: EngineFacts, identity: ModelIdentity, find_socket: Callable[[], str]) -> None:
         """Start the conversation with the server.
@@ -67,6 +72,8 @@ class SchedulerHalf:
         self._link = ServerLink("scheduler", facts.engine, find_and_remember)
         self._connect()
         self._role = RoleKeeper(self._link, facts, identity)
+        self.events = TierEvents(ServerLink("events", facts.engine, lambda: self._socket_path), facts, identity)
+        self.events.start()
         self._matcher = Matcher(
             self._link,
             identity,
@@ -255,10 +262,13 @@ class SchedulerHalf:
         for tracked in self._requests.values():
             tracked.may_load = tracked.may_store = tracked.is_blended = False
         self._guard.drop()
-        self._matcher.start_generation(secrets.randbits(62))
+        generation = secrets.randbits(62)
+        self._matcher.start_generation(generation)
+        self.events.start_generation(generation)
 
     def stop(self) -> None:
         """Give all leases back and end the conversation."""
+        self.events.stop()
         self._matcher.stop()
 
     # Internals.
@@ -333,7 +343,7 @@ class SchedulerHalf:
                 tracked.block_ids = list(new.block_ids[0])
                 tracked.computed_end = new.num_computed_tokens + scheduled[new.req_id]
                 if tracked.loaded_s and tracked.ticket is not None:
-                    _log_times(tracked, tracked.ticket)
+                    log_times(tracked, tracked.ticket)
                     tracked.loaded_s = 0.0
         cached = output.scheduled_cached_reqs
         for request_id, blocks, computed in zip(
@@ -387,13 +397,3 @@ class SchedulerHalf:
             extras=[(chunk - first, extra) for chunk, extra in ticket.extras if first <= chunk < end],
             block_ids=tracked.block_ids[start_token // block_tokens : -(-end_token // block_tokens)],
         )
-
-
-def _log_times(tracked: TrackedRequest, ticket: MatchTicket) -> None:
-    """Say what became of the time of a request that was loaded and is now scheduled for the first time."""
-    times_s = (ticket.replied_s, tracked.planned_s, tracked.loaded_s, time.monotonic())
-    log.debug(
-        "cachetier: request %s: matched %.2f ms, planned %.2f ms, loaded %.2f ms, scheduled %.2f ms after it arrived",
-        tracked.id,
-        *(1000 * (each_s - ticket.since_s) for each_s in times_s),
-    )

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config import KVEventsConfig
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from cachetier.core.errors import ConfigError
@@ -53,6 +54,15 @@ def test_vllms_role_is_the_engines(kv_role, role):
     let_any_role(config)
     assert config.kv_transfer_config.is_kv_consumer
     assert config.kv_transfer_config.is_kv_producer
+
+
+def test_events_are_published_where_vllm_is_told_to_publish_its_own():
+    config = vllm_config()
+    published = []
+    for events in (None, KVEventsConfig(), KVEventsConfig(enable_kv_cache_events=True)):
+        config.kv_events_config = events
+        published.append(read_facts(config, kv_cache_config()).publishes_events)
+    assert published == [False, False, True]
 
 
 def test_tensor_and_pipeline_ranks_share_the_layout_and_cut_it():

@@ -13,7 +13,7 @@ from cachetier.client import Client
 from cachetier.core.config import ConnectorConfig
 from cachetier.core.engine_messages import SetRole
 from cachetier.core.layout import Shard
-from cachetier_connector import scheduler_half
+from cachetier_connector import requests
 from cachetier_connector.break_even import Choice
 from cachetier_connector.facts import EngineFacts
 from cachetier_connector.plan import StepPlan, tokens_to_bytes
@@ -157,7 +157,7 @@ def test_the_first_op_starts_the_chain_and_the_tokens_are_those_of_its_chunks(sc
 
 def test_the_log_says_once_where_the_time_before_a_loaded_request_was_scheduled_went(tier, scheduling, monkeypatch):
     lines: list[str] = []
-    monkeypatch.setattr(scheduler_half.log, "debug", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(requests.log, "debug", lambda text, *values: lines.append(text % values))
     tokens = tokens_of(35, 200)
     tier.store(tokens[: 2 * CHUNK])
     half, request = scheduling.half, FakeRequest("r", tokens)

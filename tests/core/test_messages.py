@@ -13,6 +13,7 @@ from cachetier.core.codec import PATH_OF, REPLY_OF, decode, encode
 from cachetier.core.document_messages import DocumentInfo, DocumentRun
 from cachetier.core.engine_messages import EngineInfo
 from cachetier.core.errors import ProtocolError
+from cachetier.core.event_messages import Change
 from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout, Shard
 from cachetier.core.message_base import Message
@@ -67,6 +68,7 @@ def any_message(kind: type[Message]) -> st.SearchStrategy[Message]:
 BY_TYPE[messages.MatchReply] = any_message(messages.MatchReply)
 BY_TYPE[list[DocumentRun]] = st.lists(any_message(DocumentRun), max_size=2)
 BY_TYPE[list[DocumentInfo]] = st.lists(any_message(DocumentInfo), max_size=2)
+BY_TYPE[list[Change]] = st.lists(st.builds(Change, key=KEYS, tier=COUNTS, tokens=KEYS, parent=KEYS), max_size=2)
 BY_TYPE[list[EngineInfo]] = st.lists(any_message(EngineInfo), max_size=2)
 KINDS = [*REPLY_OF, *sorted(set(REPLY_OF.values()), key=lambda kind: kind.__name__)]
 

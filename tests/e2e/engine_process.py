@@ -14,7 +14,7 @@ import time
 def main() -> None:
     """Start the engine, then answer calls until standard input ends."""
     from vllm import SamplingParams
-    from vllm.config import KVTransferConfig
+    from vllm.config import KVEventsConfig, KVTransferConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -23,6 +23,8 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     if transfer := options.get("kv_transfer_config"):
         options["kv_transfer_config"] = KVTransferConfig(**transfer)
+    if events := options.get("kv_events_config"):
+        options["kv_events_config"] = KVEventsConfig(**events)
     engine = LLMEngine.from_engine_args(EngineArgs(**options))
 
     def generate(

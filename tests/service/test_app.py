@@ -19,6 +19,7 @@ from cachetier.core.document_messages import (
     SyncDocuments,
 )
 from cachetier.core.engine_messages import AnnounceEngine, ListEngines, SetRole
+from cachetier.core.event_messages import FollowChanges
 from cachetier.core.message_base import Message
 from cachetier.core.messages import (
     MAX_BODY_BYTES,
@@ -108,7 +109,7 @@ def test_wrong_method_is_405(connection: UnixConnection, method: str) -> None:
 
 
 def test_body_of_another_type_is_415(connection: UnixConnection) -> None:
-    status, body = connection.ask("POST", "/v1/match", b"{}", {"Content-Type": "application/json"})
+    status, body = connection.ask("POST", "/v1/reserve", b"{}", {"Content-Type": "application/json"})
     assert status == 415
     assert "application/msgpack" in error_of(body)
 
@@ -272,6 +273,7 @@ def valid_messages(engine: TinyEngine) -> list[Message]:
         ),
         ListEngines(),
         SetRole(name="e", role="consumer"),
+        FollowChanges(session=session, namespace=engine.namespace),
     ]
 
 

@@ -150,13 +150,18 @@ def test_tcp_needs_the_token_for_everything(tmp_path: Path) -> None:
         assert status_of(port, "/v1/stats", None) == 401
         assert status_of(port, "/v1/stats", f"Bearer {TOKEN}") == 200
         assert status_of(port, "/nothing", f"Bearer {TOKEN}") == 404
-        TinyEngine(server.socket_path).close()
+        engine, question = TinyEngine(server.socket_path), b'{"model": "tiny", "token_ids": [1, 2]}'
+        assert status_of(port, "/v1/match", f"Bearer {TOKEN}", question) == 200, "a router on another node"
+        assert status_of(port, "/v1/match", None, question) == 401
+        engine.close()
         assert TOKEN not in server.log_path.read_text()
 
 
-def status_of(port: int, path: str, authorization: str | None) -> int:
+def status_of(port: int, path: str, authorization: str | None, question: bytes | None = None) -> int:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    connection.request("GET", path, headers={} if authorization is None else {"Authorization": authorization})
+    headers = {} if authorization is None else {"Authorization": authorization}
+    headers |= {"Content-Type": "application/json"} if question else {}
+    connection.request("POST" if question else "GET", path, question, headers)
     status = connection.getresponse().status
     connection.close()
     return status

@@ -68,6 +68,8 @@ def test_an_overfull_table_gives_up_rows_of_the_oldest_segments(index: Index) ->
     assert gone.count(1) > 150
     found = [index.find(key) for key in names]
     assert found.count(None) == len(gone)
+    assert sorted(index.take_displaced()) == sorted(key for key in names if index.find(key) is None)
+    assert index.take_displaced() == []
     assert sum(row is not None for row in found[300:]) > sum(row is not None for row in found[:300])
 
 

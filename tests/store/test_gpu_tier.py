@@ -44,6 +44,7 @@ def test_a_chunk_that_is_asked_for_again_gets_a_copy_that_the_next_match_names(s
     assert second.pools[0].engine == "engine"
     assert second.fill == 0
     assert engine.check(second) == [True, True], "the frames in host memory are named as well"
+    assert store.look_up(engine.namespace, tokens_of(1, 2, 3), "").tiers == second.tiers, "routers are told as well"
     stats = store.stats()
     assert (stats.gpu_filled, stats.chunks_gpu) == (2, 2)
     assert stats.bytes.gpu.used * FRAMES == stats.bytes.gpu.limit * 2 > 0

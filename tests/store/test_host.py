@@ -7,10 +7,13 @@ import pytest
 from cachetier.core.arena_format import STATE_BAD, STATE_FREE, STATE_READY
 from cachetier.core.keys import ChainKey
 from cachetier.core.layout import KVLayout
+from cachetier.store.change_log import ChangeLog
 from cachetier.store.chunk import ChunkState, HostChunk
 from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.host import HostTable
-from tests.store.chunks import LAYOUT, TENANT, key_of, make_arena, make_chunk, make_tiling
+from tests.store.chunks import CHUNK_TOKENS, LAYOUT, TENANT, key_of, make_arena, make_chunk, make_tiling
+
+CHANGES = ChangeLog(lambda namespace: TENANT, CHUNK_TOKENS)  # nobody follows
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def arena(tmp_path):
 
 @pytest.fixture
 def table(arena):
-    table = HostTable(arena, GpuTier(10.0))
+    table = HostTable(arena, GpuTier(10.0), CHANGES)
     yield table
     table.check_integrity()
 
@@ -41,7 +44,7 @@ def put(table: HostTable, chunk: HostChunk) -> bool:
 
 def capacity_of(arena, tiling) -> int:
     """Return how many chunks of `tiling` fit."""
-    probe = HostTable(arena, GpuTier(10.0))
+    probe = HostTable(arena, GpuTier(10.0), CHANGES)
     number = 0
     while not probe.num_evicted:
         put(probe, make_chunk(tiling, number))
@@ -183,7 +186,10 @@ def test_uneven_shards_find_room_in_both_classes(table, arena):
 
 
 def test_a_tenant_stays_within_its_quota_and_gives_its_own_chunks_up(arena):
-    table, tiling = HostTable(arena, GpuTier(10.0), tenant_quota=0.25), make_tiling(arena)
+    table, tiling = (
+        HostTable(arena, GpuTier(10.0), CHANGES, tenant_quota=0.25),
+        make_tiling(arena),
+    )
     greedy, modest = ChainKey(b"greedy".ljust(16)), ChainKey(b"modest".ljust(16))
     for number in range(20):
         put(table, make_chunk(tiling, number, tenant=modest))
@@ -202,7 +208,10 @@ def test_a_tenant_stays_within_its_quota_and_gives_its_own_chunks_up(arena):
 
 
 def test_a_tenant_at_its_quota_keeps_what_is_hit(arena):
-    table, tiling = HostTable(arena, GpuTier(10.0), tenant_quota=0.25), make_tiling(arena)
+    table, tiling = (
+        HostTable(arena, GpuTier(10.0), CHANGES, tenant_quota=0.25),
+        make_tiling(arena),
+    )
     hot = make_chunk(tiling, 0)
     put(table, hot)
     for number in range(1, 500):
