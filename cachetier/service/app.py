@@ -41,13 +41,16 @@ from cachetier.core.messages import (
     Trim,
 )
 from cachetier.core.pool_messages import CheckPools, CommitPool, OfferPool
+from cachetier.core.wait_messages import AwaitChunks, EndPromise
 from cachetier.service.metrics import Metrics
+from cachetier.service.news import News
 from cachetier.service.sessions import WatchedSessions
 from cachetier.store.store import Store
 
 BODY_TYPES = ("application/msgpack", "application/x-msgpack")
 SLOW = (ListDocuments,)  # looks up on disk what it lists
 
+Call = Callable[[Any], Message | Awaitable[Message]]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ class Service:
         self.store = store
         self.sessions = WatchedSessions(store)
         self.metrics = Metrics(store.stats)
+        self.news = News(store.waiting)
         self.stopping = asyncio.Event()
 
     def application(self, token: str = "") -> web.Application:
@@ -71,7 +75,7 @@ class Service:
         middlewares = [_authorized(token), _errors_as_json] if token else [_errors_as_json]
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
         store = self.store
-        calls: dict[type[Message], Callable[[Any], Message]] = {
+        calls: dict[type[Message], Call] = {
             OpenSession: store.open_session,
             RegisterNamespace: store.register_namespace,
             Match: store.match,
@@ -79,13 +83,15 @@ class Service:
             Release: store.release,
             Renew: store.renew,
             Reserve: store.reserve,
-            Commit: store.commit,
+            Commit: self.news.after(store.commit),
             Invalidate: store.invalidate,
             Report: store.report,
             ReadsDirectly: store.reads_directly,
             OfferPool: store.offer_pool,
             CommitPool: store.commit_pool,
             CheckPools: store.check_pools,
+            AwaitChunks: self.news.next,
+            EndPromise: self.news.after(store.waiting.end_promise),
             RegisterDocument: store.documents.register,
             SyncDocuments: store.documents.sync,
             MatchDocuments: store.documents.match,
@@ -105,7 +111,7 @@ class Service:
         app.router.add_get("/metrics", self._metrics)
         return app
 
-    def _message_handler(self, kind: type[Message], call: Callable[[Any], Message]) -> Handler:
+    def _message_handler(self, kind: type[Message], call: Call) -> Handler:
         observe = self.metrics.observer(kind.__name__)
 
         async def handle(request: web.Request) -> web.Response:
@@ -116,9 +122,12 @@ class Service:
             body = await request.read()
             start = time.perf_counter()
             message = decode(kind, body)
-            reply = encode(await asyncio.to_thread(call, message) if kind in SLOW else call(message))
+            reply = await asyncio.to_thread(call, message) if kind in SLOW else call(message)
+            if isinstance(reply, Awaitable):
+                reply = await reply
+            body = encode(reply)
             observe(time.perf_counter() - start)
-            return web.Response(body=reply, content_type=BODY_TYPES[0])
+            return web.Response(body=body, content_type=BODY_TYPES[0])
 
         return handle
 

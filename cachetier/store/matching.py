@@ -6,56 +6,27 @@ gives what was found frames and a place in the promoter's queue. Hashes find a c
 compared, along the whole chain, before it counts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+import msgspec
+
 from cachetier.core.errors import ProtocolError
-from cachetier.core.keys import ChainKey
-from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, Match, MatchReply
-from cachetier.storage.disk import DiskChunk, HeldRecord
+from cachetier.core.messages import TIER_DISK, TIER_GPU, TIER_HOST, Match, MatchReply, Wait
+from cachetier.core.pool_messages import POOL_NONE
+from cachetier.storage.disk import DiskChunk
 from cachetier.store.books import Books
 from cachetier.store.chunk import HITS_MAX, ChunkState, HostChunk, Tiling
 from cachetier.store.direct import DirectChunk, name_segments
 from cachetier.store.flush import Flusher
 from cachetier.store.leases import Lease, Session
-from cachetier.store.namespaces import Namespace
 from cachetier.store.promotion import Promoter
+from cachetier.store.prompt import Prompt
+from cachetier.store.wait_table import ChunkWait
 
 LOOK_UP_CHUNKS = 64  # looked up at a time: the first are being read while the next are looked up
-
-
-class Prompt:
-    """A prompt's chain, how far it is held (pinned), and what a match keeps on disk meanwhile (`kept`).
-
-    `direct_bytes_per_s` is how fast the engine reads segment files itself (0: it does not), and `records` the places
-    there that it may be given.
-    """
-
-    __slots__ = ("contents", "direct_bytes_per_s", "held", "kept", "keys", "namespace", "records", "root", "tiers")
-
-    def __init__(self, namespace: Namespace, root: ChainKey, contents: list[bytes], keys: list[ChainKey]) -> None:
-        self.namespace = namespace
-        self.root = root
-        self.contents = contents
-        self.keys = keys
-        self.held: list[HostChunk] = []
-        self.tiers = bytearray()
-        self.kept: list[ChainKey] = []
-        self.direct_bytes_per_s = 0.0
-        self.records: dict[ChainKey, HeldRecord] = {}
-
-    def parent_of(self, number: int) -> ChainKey:
-        """Return the key before chunk `number`."""
-        return self.keys[number - 1] if number else self.root
-
-    def has(self, number: int, chunk: HostChunk | DiskChunk) -> bool:
-        """Tell whether `chunk`, found by its key, really is chunk `number` of the prompt."""
-        return (
-            chunk.content == self.contents[number]
-            and chunk.parent == self.parent_of(number)
-            and chunk.namespace == self.namespace.id
-        )
+PROMISE_GRACE_S = 1.0  # a request may reach the engine that waits before the one that promises
 
 
 class Matcher:
@@ -79,13 +50,47 @@ class Matcher:
         root = books.hasher.root(namespace.id, message.salt)
         prompt = Prompt(namespace, root, contents, books.hasher.chain(root, contents))
         prompt.direct_bytes_per_s = direct_bytes_per_s
-        return self._leasing(message, prompt) if message.lease else self._asking(prompt)
+        reply = self._leasing(message, prompt) if message.lease else self._asking(session.engine, prompt)
+        if not message.promise:
+            return reply
+        with books.lock:
+            session, first = books.leases.session(message.session, books.clock()), reply.num_chunks
+            promise = books.promises.make(session, prompt.keys[first:], first, books.clock())
+        return msgspec.structs.replace(reply, promise=promise)
+
+    def progress(self, wait: ChunkWait) -> MatchReply | None:
+        """Lease what is held by now of what `wait` waits for; return the match's reply as it is then.
+
+        Returns:
+            None: there is no news, or nobody waits any more. A wait for which nothing more will come is over.
+        """
+        books, prompt, waits = self._books, wait.prompt, self._books.waits
+        with books.lock:
+            lease = waits.begin_to_look(wait)
+            if lease is None:
+                return None
+            before = len(prompt.held)
+        try:
+            self._advance(prompt, lambda: waits.is_on(wait))
+        finally:
+            self._stop_keeping(prompt)
+            wait.is_looked_at = False
+        with books.lock:
+            num_pending = self._num_awaited(wait)
+            if not waits.is_on(wait) or (num_pending and len(prompt.held) == before):
+                return None
+            if not num_pending:
+                waits.end(lease.id)
+            self._count_tokens(lease, prompt)
+            lease.waited_tokens = (len(prompt.held) - wait.num_held) * books.chunk_tokens
+            return self._reply(lease, prompt, num_pending)
 
     def release_read(self, lease: Lease, *, may_fill: bool = True) -> None:
         """Give back what an ended lease to read pinned (lock held); offer what is not on disk to the flusher again.
 
         Unless it `may_fill` frames of a pool still, what it ordered there is given up.
         """
+        self._books.waits.end(lease.id)
         if lease.pool_use is not None:
             self._books.gpu.end_use(lease.pool_use, self._books.clock(), may_fill=may_fill)
         self._unpin(lease.chunks)
@@ -103,7 +108,11 @@ class Matcher:
                 promoter.cancel(chunk)
 
     def trim(self, lease: Lease, num_chunks: int) -> None:
-        """Give back all but the first chunks of a live lease to read (lock held), and count the rest as cut."""
+        """Give back all but the first chunks of a live lease to read (lock held), and count the rest as cut.
+
+        Nothing more is waited for.
+        """
+        self._books.waits.end(lease.id)
         cut, lease.chunks = lease.chunks[num_chunks:], lease.chunks[:num_chunks]
         self._unpin(cut)
         self._books.counters.hits_cut += bool(cut)
@@ -113,38 +122,67 @@ class Matcher:
         books = self._books
         lease: Lease | None = None
         try:
-            with books.lock:
-                self._walk(prompt, {})
-            while rows := self._look_up(prompt):
-                with books.lock:
-                    before = len(prompt.held)
-                    self._walk(prompt, rows)
-                if len(prompt.held) - before < LOOK_UP_CHUNKS:
-                    break
+            self._advance(prompt, lambda: True)
             with books.lock:
                 session = books.leases.session(message.session, books.clock())
-                if prompt.held and not books.leases.is_full:
+                wait = self._wait_of(message.wait, session.engine, prompt) if message.wait else None
+                num_pending = (
+                    self._num_awaited(wait) if wait else self._count_pending(session.engine, prompt, len(prompt.held))
+                )
+                if (prompt.held or (wait and num_pending)) and not books.leases.is_full:
                     lease = self._grant(session, prompt, message.reads_pools)
-                return self._reply(lease, prompt)
+                    if wait and num_pending:
+                        books.waits.begin(wait, lease)
+                return self._reply(lease, prompt, num_pending)
         finally:
-            for key in prompt.kept:
-                books.disk_pins.unpin(key)
-            for record in prompt.records.values():
-                assert books.disk is not None
-                books.disk.let_go(record)
+            self._stop_keeping(prompt)
             if lease is None and prompt.held:
                 with books.lock:
                     self._unpin(prompt.held)
 
+    def _wait_of(self, asked: Wait, engine: str, prompt: Prompt) -> ChunkWait:
+        """Return the wait that a match asks for (lock held); it has not begun."""
+        is_coming = asked.for_promised and self._books.engines.is_producer(asked.prefill)
+        promised_by_s = self._books.clock() + PROMISE_GRACE_S if is_coming else 0.0
+        return ChunkWait(asked, engine, prompt, promised_by_s)
+
+    def _advance(self, prompt: Prompt, is_wanted: Callable[[], bool]) -> None:
+        """Pin what is held of a prompt from where it stands on, while `is_wanted` (asked with the lock held)."""
+        lock = self._books.lock
+        with lock:
+            if is_wanted():
+                self._walk(prompt, {})
+        while rows := self._look_up(prompt):
+            with lock:
+                if not is_wanted():
+                    return
+                before = len(prompt.held)
+                self._walk(prompt, rows)
+            if len(prompt.held) - before < LOOK_UP_CHUNKS:
+                return
+
+    def _stop_keeping(self, prompt: Prompt) -> None:
+        """Let go of what was kept on disk while a prompt was walked along."""
+        for key in prompt.kept:
+            self._books.disk_pins.unpin(key)
+        for record in prompt.records.values():
+            assert self._books.disk is not None
+            self._books.disk.let_go(record)
+        prompt.kept.clear()
+        prompt.records.clear()
+
     def _grant(self, session: Session, prompt: Prompt, reads_pools: bool) -> Lease:
-        books, tiers = self._books, prompt.tiers
-        lease = books.leases.grant(session, prompt.held, books.clock())
+        lease = self._books.leases.grant(session, prompt.held, self._books.clock())
         if reads_pools:
-            lease.pool_use = books.gpu.use(session.engine, prompt.held, tiers)
-        lease.host_tokens = tiers.count(TIER_HOST) * books.chunk_tokens
-        lease.disk_tokens = tiers.count(TIER_DISK) * books.chunk_tokens
-        lease.gpu_tokens = tiers.count(TIER_GPU) * books.chunk_tokens
+            lease.pool_use = self._books.gpu.use(session.engine, prompt.held, prompt.tiers)
+        self._count_tokens(lease, prompt)
         return lease
+
+    def _count_tokens(self, lease: Lease, prompt: Prompt) -> None:
+        chunk_tokens, tiers = self._books.chunk_tokens, prompt.tiers
+        lease.host_tokens = tiers.count(TIER_HOST) * chunk_tokens
+        lease.disk_tokens = tiers.count(TIER_DISK) * chunk_tokens
+        lease.gpu_tokens = tiers.count(TIER_GPU) * chunk_tokens
 
     def _walk(self, prompt: Prompt, rows: Mapping[int, DiskChunk]) -> None:
         """Pin held chunks from where the prompt stands on, promoting those in `rows`, up to the first that is not held.
@@ -247,7 +285,7 @@ class Matcher:
         self._promoter.offer(chunk)
         return chunk
 
-    def _reply(self, lease: Lease | None, prompt: Prompt) -> MatchReply:
+    def _reply(self, lease: Lease | None, prompt: Prompt, num_pending: int) -> MatchReply:
         """Describe what `lease` holds (lock held, so that no frame changes hands meanwhile)."""
         held = prompt.held if lease else []
         tilings: list[Tiling] = []
@@ -276,13 +314,13 @@ class Matcher:
             tiling_of=bytes(tiling_of),
             frames=frames,
             checksums=checksums,
-            num_pending=self._count_pending(prompt, len(held)),
+            num_pending=num_pending,
             ready_in_s=self._ready_in_s(prompt) if held else [],
             segments=segments,
             segment_of=segment_of,
             pools=[pool.message for pool in use.pools] if use else [],
-            pool_of=bytes(use.pool_of) if use else b"",
-            pool_frames=use.frames if use else [],
+            pool_of=bytes(use.pool_of).ljust(len(held), bytes([POOL_NONE])) if use else b"",
+            pool_frames=use.frames + [0] * (len(held) - len(use.frames)) if use else [],
             fill=use.fill.id if use and use.fill else 0,
         )
 
@@ -295,7 +333,7 @@ class Matcher:
         read_bytes = accumulate(chunk.tiling.total_frame_bytes for chunk in on_disk)
         return [each / prompt.direct_bytes_per_s for each in read_bytes]
 
-    def _asking(self, prompt: Prompt) -> MatchReply:
+    def _asking(self, engine: str, prompt: Prompt) -> MatchReply:
         """Say what is held without touching anything; no frames are named, for nothing keeps them."""
         books, tiers = self._books, bytearray()
         for number, key in enumerate(prompt.keys):
@@ -316,14 +354,28 @@ class Matcher:
             tiling_of=b"",
             frames=[],
             checksums=[],
-            num_pending=self._count_pending(prompt, len(tiers)),
+            num_pending=self._count_pending(engine, prompt, len(tiers)),
         )
 
-    def _count_pending(self, prompt: Prompt, start: int) -> int:
-        count = 0
+    def _num_awaited(self, wait: ChunkWait) -> int:
+        """Return how many chunks after the held ones `wait` is waiting for (lock held)."""
+        prompt = wait.prompt
+        start = len(prompt.held)
+        num_pending = self._count_pending(wait.engine, prompt, start, with_promised=wait.for_promised)
+        if not num_pending and self._books.clock() < wait.promised_by_s:
+            return len(prompt.keys) - start
+        return num_pending
+
+    def _count_pending(self, engine: str, prompt: Prompt, start: int, *, with_promised: bool = True) -> int:
+        """Return how many chunks from `start` on are in memory, being stored, or promised by others than `engine`."""
+        get, promises, count = self._books.table.chunks.get, self._books.promises, 0
         for number in range(start, len(prompt.keys)):
-            chunk = self._books.table.chunks.get(prompt.keys[number])
-            if chunk is None or chunk.state is not ChunkState.PENDING or not prompt.has(number, chunk):
+            chunk = get(prompt.keys[number])
+            if chunk is not None:
+                is_coming = prompt.has(number, chunk)
+            else:
+                is_coming = with_promised and promises.is_made(prompt.keys[number], not_by=engine)
+            if not is_coming:
                 break
             count += 1
         return count

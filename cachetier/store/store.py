@@ -58,6 +58,7 @@ from cachetier.store.namespaces import NamespaceTable
 from cachetier.store.promotion import Promoter
 from cachetier.store.stats import Stats
 from cachetier.store.storing import Storer
+from cachetier.store.waiting import Waiting
 
 INSTANCE_BYTES = 16
 
@@ -79,7 +80,7 @@ class Store:
 
     Attributes:
         data_dir: the data directory.
-        documents, engines: answer the messages about them.
+        documents, engines, waiting: answer the messages about them.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class Store:
         self._storer = Storer(books, self._flusher, config.lease_ttl_s)
         self.documents = Documents(books, self._matcher, self._flusher, file)
         self.engines = Engines(books)
+        self.waiting = Waiting(books, self._matcher)
 
     @property
     def instance(self) -> str:
@@ -172,6 +174,7 @@ class Store:
             self._books.gpu.end_session(session)
             self._books.direct.end_session(session)
             self._books.engines.end_session(session)
+            self._books.promises.end_session(session)
             self._end_dead(self._books.leases.close_session(session))
 
     def register_namespace(self, message: RegisterNamespace) -> RegisterNamespaceReply:
@@ -193,9 +196,9 @@ class Store:
         """Say how many leading chunks of a prompt are held and lease them; start reading those that are on disk.
 
         The hit ends before the first chunk that is held nowhere, is still being stored, or finds no room in the arena
-        because everything is leased. For an engine that reads segment files itself the reply names places in them,
-        which stay as they are until the lease ends. Without `lease` the reply names no frames and nothing is touched or
-        counted.
+        because everything is leased; a match that waits is told of what follows by `waiting`. For an engine that reads
+        segment files itself the reply names places in them, which stay as they are until the lease ends. Without
+        `lease` the reply names no frames and nothing is touched or counted.
         """
         return self._matcher.match(message)
 
@@ -223,6 +226,7 @@ class Store:
                     books.tokens.hit.host += min(max(use.host_tokens, 0), lease.host_tokens)
                     books.tokens.hit.disk += min(max(use.disk_tokens, 0), lease.disk_tokens)
                     books.tokens.hit.gpu += min(max(use.gpu_tokens, 0), lease.gpu_tokens)
+                    books.tokens.waited += min(max(use.waited_tokens, 0), lease.waited_tokens)
                     self._give_back(lease, is_used=use.host_tokens + use.disk_tokens + use.gpu_tokens > 0)
         return Empty()
 
@@ -333,6 +337,7 @@ class Store:
             self._books.gpu.expire(now, self._books.leases.is_open)
             self._books.direct.expire(self._books.leases.is_open)
             self._books.engines.expire(self._books.leases.is_open)
+            self._books.promises.expire(now, self._books.leases.is_open)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Block until everything committed before the call is durable, or was refused by the disk tier.
@@ -349,6 +354,8 @@ class Store:
             self._storer.check_integrity()
             self._books.documents.check_integrity()
             leases = self._books.leases.leases()
+            self._books.promises.check_integrity()
+            self._books.waits.check_integrity(lease.id for lease in leases)
             uses = [lease.pool_use for lease in leases if lease.pool_use is not None]
             self._books.gpu.check_integrity(self._books.table.with_frames(), uses)
             leased: dict[int, int] = {}

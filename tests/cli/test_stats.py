@@ -71,7 +71,8 @@ def empty_stats() -> dict[str, Any]:
     counts |= dict.fromkeys(("hits_cut", "tokens_cut"), 0)
     counts |= {"requests": {"blended": 0}, "documents": 0, "blend": {"checked": 0, "agreed": 0, "kl": 0.0}}
     counts |= {"tokens_per_s": {"prefill": 0, "load": 0}, "disk_bytes_per_s": 0}
-    tokens = {"queried": 0, "stored": 0, "hit": {"gpu": 0, "host": 0, "disk": 0}, "blend": {"loaded": 0, "computed": 0}}
+    hit, blend = {"gpu": 0, "host": 0, "disk": 0}, {"loaded": 0, "computed": 0}
+    tokens = {"queried": 0, "stored": 0, "waited": 0, "hit": hit, "blend": blend}
     return {"tokens": tokens, "bytes": {"gpu": tier, "host": tier, "disk": tier}, **counts}
 
 
