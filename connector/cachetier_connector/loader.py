@@ -100,11 +100,11 @@ class Loader:
         self._loads.put(Submitted(load, fence, time.monotonic()))
 
     def take_finished(self, wait_s: float = 0.0) -> set[str]:
-        """Return the requests whose last load ended since the last call; wait for a load to end if there are any.
+        """Return the requests whose last load ended since the last call; wait for a load to end, or for one to come.
 
         Requests that are blended are not among them: see `take_parts`. The worker's main thread.
         """
-        if wait_s and self._under_way:
+        if wait_s and (self._under_way or self._more_to_come):
             self._has_finished.wait(wait_s)
         with self._lock:
             self._has_finished.clear()

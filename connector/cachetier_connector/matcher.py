@@ -116,9 +116,10 @@ class Matcher:
             num_waited: how many of these were waited for.
             num_stored: leading chunks that were handed over to be stored: what else was promised will not come.
         """
+        was_released = ticket.is_released
         if uses := self._end(ticket, used or {}, num_waited):
             self._submit(lambda: self._release(ticket.instance, uses))
-        if ticket.reply is not None and ticket.reply.promise:
+        if not was_released and ticket.reply is not None and ticket.reply.promise:
             self._submit(lambda: self._end_promise(ticket, num_stored))
 
     def trim(self, ticket: MatchTicket, num_chunks: int) -> None:
