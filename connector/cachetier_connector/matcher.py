@@ -240,7 +240,7 @@ class Matcher:
                     extras=ticket.extras,
                     lease=tracked.may_load and not ticket.is_abandoned,
                     reads_pools=self._reads_pools,
-                    promise=tracked.promises and not ticket.is_abandoned,
+                    promise=tracked.promises,
                     wait=self._wait_of(tracked, ticket),
                 ),
                 self._max_blocking_s,

@@ -116,11 +116,13 @@ def test_a_match_that_does_not_wait_is_told_what_is_coming_and_leases_nothing_fo
     assert store.stats().leases == 0
 
 
-def test_a_wait_is_in_vain_when_the_producer_dies(store, producer, consumer):
+@pytest.mark.parametrize("is_storing", [True, False])
+def test_a_wait_is_in_vain_when_the_producer_dies(producer, consumer, is_storing):
     producer.match(PROMPT, lease=False, promise=True)
     waiting_match(consumer)
     producer.put(tokens_of(1, 2))
-    producer.fill(tokens_of(1, 2, 3))
+    if is_storing:
+        producer.fill(tokens_of(1, 2, 3))
     assert news_of(consumer) == [(1, 2, 2)]
     producer.close()
     assert news_of(consumer) == [(1, 2, 0)]
@@ -146,6 +148,25 @@ def test_a_wait_is_in_vain_when_a_chunk_is_dropped(producer, consumer):
     filled.checksums[1] = None
     producer.commit(filled)
     assert news_of(consumer) == [(1, 1, 0)]
+
+
+def test_a_wait_is_in_vain_when_there_is_no_room(store):
+    producer, consumer = Engine(store, "producer", layout=BIG), Engine(store, "consumer", layout=BIG)
+    others = tokens_of(*range(100, 114))
+    producer.put(others)
+    held = consumer.match(others)
+    assert held.num_chunks == 14, "there is room for more"
+    producer.match(PROMPT, lease=False, promise=True)
+    waiting_match(consumer)
+    assert not producer.reserve(PROMPT).lease
+    assert news_of(consumer) == [(1, 0, 0)]
+
+
+def test_a_promise_that_was_kept_is_none_any_more(store, producer, consumer):
+    producer.match(PROMPT, lease=False, promise=True)
+    keys = producer.put(PROMPT).keys
+    store.invalidate(Invalidate(session=producer.sessions[0], keys=keys))
+    assert waiting_match(consumer).num_pending == 0
 
 
 def test_a_promise_lasts_no_longer_than_any(store, clock, producer, consumer):
