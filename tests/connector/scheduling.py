@@ -9,13 +9,18 @@ from tests.connector.servers import BLOCK, LAYOUT, Tier, eventually, identity, s
 
 
 class Scheduling:
-    """A scheduler half, and vLLM's part of the conversation with it."""
+    """A scheduler half, and vLLM's part of the conversation with it.
+
+    Attributes:
+        name: of its engine.
+    """
 
     def __init__(self, tier: Tier, name: str, *, role: str = "both", device: str = "cpu", **settings) -> None:
+        self.name = f"{name}, a {role}"
         facts = EngineFacts(
-            engine=f"{name}, a {role}",
+            engine=self.name,
             config=ConnectorConfig(server=f"unix:{tier.server.socket_path}", match_deadline_ms=5000, **settings),
-            name=f"{name}, a {role}",
+            name=self.name,
             role=role,
             block_tokens=BLOCK,
             layout=LAYOUT,

@@ -322,7 +322,7 @@ def test_the_role_bounds_what_requests_do(tier, request, role, loads, stores, is
     tier.store(tokens[: 2 * CHUNK])
     scheduling = Scheduling(tier, request.node.name, role="both" if is_changed else role)
     if is_changed:
-        name, client = request.node.name, Client(tier.server.socket_path)
+        name, client = scheduling.name, Client(tier.server.socket_path)
         eventually(lambda: client.call(SetRole(name=name, role=role), TIMEOUT_S).is_known)
         eventually(lambda: (scheduling.half._role.loads, scheduling.half._role.stores) == (loads, stores))
     asking = FakeRequest("r", tokens)

@@ -4,7 +4,7 @@ import pytest
 
 from cachetier.core.engine_messages import AnnounceEngine
 from cachetier.core.errors import ProtocolError
-from cachetier.core.messages import TIER_DISK, TIER_HOST, Invalidate, MatchReply, Trim, Wait
+from cachetier.core.messages import RESERVE_DROPPED, TIER_DISK, TIER_HOST, Invalidate, MatchReply, Trim, Wait
 from cachetier.core.wait_messages import AWAIT_MAX_S, AwaitChunks, EndPromise
 from cachetier.store.matching import PROMISE_GRACE_S
 from cachetier.store.promises import PROMISE_TTL_S
@@ -152,10 +152,7 @@ def test_a_wait_is_in_vain_when_a_chunk_is_dropped(producer, consumer):
 
 def test_a_wait_is_in_vain_when_there_is_no_room(store):
     producer, consumer = Engine(store, "producer", layout=BIG), Engine(store, "consumer", layout=BIG)
-    others = tokens_of(*range(100, 114))
-    producer.put(others)
-    held = consumer.match(others)
-    assert held.num_chunks == 14, "there is room for more"
+    assert producer.fill(tokens_of(*range(100, 120))).reply.outcomes[-1] == RESERVE_DROPPED, "there is room for more"
     producer.match(PROMPT, lease=False, promise=True)
     waiting_match(consumer)
     assert not producer.reserve(PROMPT).lease
