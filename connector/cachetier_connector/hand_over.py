@@ -112,7 +112,7 @@ class HandOver:
                     "cachetier: request %s waited in vain for chunks; computing from token %d", tracked.id, load.done_to
                 )
             start = load.start if load.is_void else load.done_to
-            ops.append(msgspec.structs.replace(load_op(tracked, ticket, start, load.end), chunks=NOTHING))
+            ops.append(msgspec.structs.replace(load_op(tracked, ticket, start, load.end), chunks=NOTHING, fill=0))
             load.done_to = load.end
         return ops
 
