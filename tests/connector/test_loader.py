@@ -106,12 +106,13 @@ def test_the_end_of_a_load_is_waited_for_and_nothing_when_none_is_under_way(tier
     loading.loader.stop()
 
 
+@pytest.mark.parametrize("stored_as", ["whole", "halves"])
 @pytest.mark.parametrize("is_first_slow", [True, False])
-def test_a_load_in_pieces_has_ended_when_the_last_was_submitted_and_all_have_ended(tier, is_first_slow):
+def test_a_load_in_pieces_has_ended_when_the_last_was_submitted_and_all_have_ended(tier, is_first_slow, stored_as):
     tokens, blocks = tokens_of(32, 4 * CHUNK), blocks_for(4 * CHUNK, 1)
-    stored = tier.store(tokens)
+    stored = tier.store(tokens, TILINGS[stored_as])
     reply, loading = tier.match(tokens), Loading(tier)
-    slow = reply.frames[0 if is_first_slow else 3]
+    slow = reply.frames[0 if is_first_slow else -1]
     set_state(tier, slow, STATE_FILLING)
     loading.loader.submit(replace(tier.load_op(reply, 0, 3 * CHUNK, blocks), is_last=False))
     if not is_first_slow:

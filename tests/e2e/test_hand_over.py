@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.harness import PATIENT, Engine, Server, assert_same_answers, running
-from tests.e2e.stand import CHUNK, NOISE, loadable, prompt_of
+from tests.e2e.stand import CHUNK, FEW_CORES, NOISE, loadable, prompt_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -159,6 +159,7 @@ def test_an_aborted_request_leaves_nothing_behind(pair):
     assert again["cached"] == loadable(prompt)
 
 
+@FEW_CORES
 @pytest.mark.parametrize(
     ("producer", "consumer"),
     [

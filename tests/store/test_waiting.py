@@ -68,6 +68,17 @@ def test_a_match_gains_promised_chunks_as_they_are_stored(store, producer, consu
     assert (tokens.hit.host, tokens.waited) == (4 * CHUNK_TOKENS, 3 * CHUNK_TOKENS)
 
 
+def test_there_is_news_of_a_chunk_when_all_ranks_have_stored_it(store):
+    producer, consumer = Engine(store, "producer", 2), Engine(store, "consumer")
+    producer.match(PROMPT, lease=False, promise=True)
+    waiting_match(consumer)
+    first, second = producer.fill(tokens_of(1, 2), rank=0), producer.fill(tokens_of(1), rank=1)
+    producer.commit(first)
+    assert news_of(consumer) == []
+    producer.commit(second)
+    assert news_of(consumer) == [(1, 1, 3)]
+
+
 def test_no_more_tokens_count_as_waited_for_than_were(store, producer, consumer):
     producer.put(tokens_of(1, 2, 3))
     producer.match(PROMPT, lease=False, promise=True)
