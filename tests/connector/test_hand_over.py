@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from cachetier.core.engine_messages import ListEngines
 from cachetier.core.messages import RESERVE_FILL, Commit, Release, Reserve, ReserveReply
 from cachetier.core.messages import LeaseUse as Use
 from cachetier.core.wait_messages import EndPromise
@@ -253,9 +254,9 @@ def test_a_producers_request_that_ends_before_its_match_leaves_no_promise(tier, 
 def test_a_request_that_names_who_computes_its_prompt_waits_for_the_promise(tier, request):
     producer = Scheduling(tier, request.node.name, role="producer")
     consumer = Scheduling(tier, request.node.name, role="consumer")
-    producer.arrive(FakeRequest("first", tokens_of(80, 70)))  # the server knows it by then
+    eventually(lambda: producer.name in str(tier.link.call(lambda _: ListEngines(), TIMEOUT_S)))
     tokens, found = tokens_of(81, NUM_TOKENS), []
-    for name in ("nobody", f"{request.node.name}, a producer"):
+    for name in ("nobody", producer.name):
         params = {"cachetier": {"prefill": name}}
         found.append(consumer.arrive(FakeRequest(name, tokens, kv_transfer_params=params)))
     assert found == [0, 5 * CHUNK]
