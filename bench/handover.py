@@ -25,7 +25,7 @@ from record import record, row
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from tests.e2e.harness import Engine, Server, running  # noqa: E402
+from tests.e2e.harness import PATIENT, Engine, Server, running  # noqa: E402
 
 PRODUCER = "producer"
 STEP_TOKENS = 512
@@ -68,7 +68,7 @@ class Hands:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(len(self.parts) - 1)
         engine = Engine(
             folder / f"{name}.log",
-            {"server": f"unix:{self.server.socket}", "name": name},
+            {"server": f"unix:{self.server.socket}", "name": name, "wait_deadline_ms": 60_000} | PATIENT,
             kv_role=f"kv_{name}",
             model=str(folder),
             load_format="dummy",
