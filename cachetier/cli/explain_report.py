@@ -77,7 +77,7 @@ def _actions(findings: Findings, plan: BlendPlan | None) -> Iterator[str]:
         rows.append((computed.start, computed.end, "compute", _why_computed(findings, loads, computed)))
     end = plan.end if plan else exact
     pending = findings.prefix.num_pending
-    more = f"; {pending} chunks more are being stored right now" if pending else ""
+    more = f"; {pending} chunks more are being stored, or promised" if pending else ""
     rows.append((end, findings.num_tokens, "compute", ("after what is held" if end else "nothing is held") + more))
     for start, end, action, why in sorted(rows):
         yield f"  {f'{start:,}':>9} to {f'{end:,}':<9} {action:<8} {why}"

@@ -55,6 +55,7 @@ def as_text(stats: dict[str, Any]) -> str:
     rows = [
         ("tokens asked for", f"{queried:,}"),
         ("of these loaded", hits),
+        ("of these waited for", f"{tokens['waited']:,}"),
         ("blended", _blended(stats)),
         ("blends checked", _checked(stats["blend"])),
         ("tokens stored", f"{tokens['stored']:,}"),

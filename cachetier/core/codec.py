@@ -49,6 +49,7 @@ from cachetier.core.messages import (
     Trim,
 )
 from cachetier.core.pool_messages import CheckPools, CheckPoolsReply, CommitPool, OfferPool
+from cachetier.core.wait_messages import AwaitChunks, AwaitChunksReply, EndPromise
 
 REPLY_OF: dict[type[Message], type[Message]] = {
     OpenSession: OpenSessionReply,
@@ -65,6 +66,8 @@ REPLY_OF: dict[type[Message], type[Message]] = {
     OfferPool: Empty,
     CommitPool: Empty,
     CheckPools: CheckPoolsReply,
+    AwaitChunks: AwaitChunksReply,
+    EndPromise: Empty,
     RegisterDocument: RegisterDocumentReply,
     SyncDocuments: SyncDocumentsReply,
     MatchDocuments: MatchDocumentsReply,
@@ -91,6 +94,8 @@ PATH_OF: dict[type[Message], str] = {
     OfferPool: f"/v{API_VERSION}/pool/offer",
     CommitPool: f"/v{API_VERSION}/pool/commit",
     CheckPools: f"/v{API_VERSION}/pool/check",
+    AwaitChunks: f"/v{API_VERSION}/await",
+    EndPromise: f"/v{API_VERSION}/promise/end",
     RegisterDocument: f"/v{API_VERSION}/documents/register",
     SyncDocuments: f"/v{API_VERSION}/documents/sync",
     MatchDocuments: f"/v{API_VERSION}/documents/match",

@@ -124,6 +124,11 @@ class ConnectorConfig:
         "long while others are answered first",
     )
     load_deadline_ms: float = setting(500.0, "how long a load may go without progress before it is given up")
+    wait_deadline_ms: float = setting(
+        10_000.0,
+        "how long a consumer waits without progress for chunks that another engine has promised to store, before it "
+        "computes them",
+    )
     store_deadline_ms: float = setting(
         1000.0, "how long a store may wait in its worker, and then for each answer of the server, before it is dropped"
     )
@@ -165,7 +170,7 @@ class ConnectorConfig:
                 f"server is {self.server!r}; it must be unix:PATH (payloads travel through shared memory, so the "
                 "server runs on the engine's node)"
             )
-        for name in ("match_deadline_ms", "load_deadline_ms", "store_deadline_ms"):
+        for name in ("match_deadline_ms", "load_deadline_ms", "wait_deadline_ms", "store_deadline_ms"):
             if not 1 <= getattr(self, name) <= 60_000:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be between 1 and 60000")
         _at_least("staging_bytes", self.staging_bytes, MIB)

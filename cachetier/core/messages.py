@@ -91,6 +91,21 @@ class NamespaceInfo(Message, frozen=True):
     identity: ModelIdentity
 
 
+class Wait(Message, frozen=True):
+    """What a match adds that waits for chunks that follow the held ones: see `AwaitChunks`.
+
+    Attributes:
+        number: what the engine calls this wait; no two of its waits at a time have the same.
+        for_promised: wait for chunks that another engine has promised, not only for those being stored.
+        prefill: name of the engine that computes this prompt now: its promise is waited for, for a short time, if it
+            is a producer that the server knows; empty: none.
+    """
+
+    number: int
+    for_promised: bool = False
+    prefill: str = ""
+
+
 class Match(Message, frozen=True):
     """Ask how many leading chunks of a prompt are held, and lease them.
 
@@ -100,6 +115,8 @@ class Match(Message, frozen=True):
         salt: vLLM's cache_salt, or empty.
         lease: False only asks: nothing is leased, promoted or counted.
         reads_pools: whether the engine can use copies in device memory; else none is named or ordered.
+        promise: the engine will compute the prompt and store what of it is not held; others may wait for that.
+        wait: how the engine waits for chunks that follow the held ones, None: it does not. Only with `lease`.
     """
 
     session: int
@@ -109,13 +126,15 @@ class Match(Message, frozen=True):
     extras: list[tuple[int, bytes]] = []
     lease: bool = True
     reads_pools: bool = False
+    promise: bool = False
+    wait: Wait | None = None
 
 
 class MatchReply(Message, frozen=True):
     """What is held. Frames of chunks on disk are being filled: watch their state in the arena.
 
     Attributes:
-        lease: id of the lease, 0 when nothing is held.
+        lease: id of the lease, 0 when nothing is held, nor waited for.
         num_chunks: leading chunks held completely.
         keys: chain keys of all complete chunks of the prompt, held or not.
         tiers: one byte a held chunk, TIER_GPU, TIER_HOST, TIER_DISK or TIER_REMOTE.
@@ -124,7 +143,8 @@ class MatchReply(Message, frozen=True):
         frames: arena offsets of the objects, chunk by chunk in the order of its tiling; for a chunk in `segments`,
             offsets of its frames in that file.
         checksums: their checksums, in the same order.
-        num_pending: how many chunks after the held ones are being stored now.
+        num_pending: how many chunks after the held ones are being stored now or are promised by another engine; if
+            the match waits, how many it waits for.
         ready_in_s: for each chunk of LATE_TIERS, in how many seconds it should be in its frames, by what its tier gave
             lately and what it was asked for before; empty while its speed is not known.
         segments: paths of segment files that the engine is to read itself.
@@ -135,6 +155,7 @@ class MatchReply(Message, frozen=True):
             1 on, that has a copy of it; POOL_FILL: its objects are to be copied to the asking engine's own pool.
         pool_frames: the copy's frame number, for every held chunk (0 where there is none); empty if `pool_of` is.
         fill: what the commits of the copies with POOL_FILL name, 0 when there are none.
+        promise: id of the promise that was made, 0: none was.
     """
 
     lease: int
@@ -153,12 +174,13 @@ class MatchReply(Message, frozen=True):
     pool_of: bytes = b""
     pool_frames: list[int] = []
     fill: int = 0
+    promise: int = 0
 
 
 class Trim(Message, frozen=True):
     """Say that only the first `num_chunks` chunks of a match's lease are still wanted: the rest is cheaper to compute.
 
-    What is not wanted any more is not read from disk. An unknown (expired) lease is ignored.
+    What is not wanted any more is not read from disk, and not waited for. An unknown (expired) lease is ignored.
     """
 
     session: int
@@ -175,6 +197,7 @@ class LeaseUse(Message, frozen=True):
         disk_tokens: the same for TIER_DISK.
         gpu_tokens: the same for TIER_GPU.
         remote_tokens: the same for TIER_REMOTE.
+        waited_tokens: how many of all these were not held at the match, and waited for.
     """
 
     lease: int
@@ -182,6 +205,7 @@ class LeaseUse(Message, frozen=True):
     disk_tokens: int = 0
     gpu_tokens: int = 0
     remote_tokens: int = 0
+    waited_tokens: int = 0
 
 
 class Release(Message, frozen=True):

@@ -43,8 +43,10 @@ from cachetier.core.messages import (
     Trim,
 )
 from cachetier.core.pool_messages import CheckPools, CommitPool, OfferPool
+from cachetier.core.wait_messages import AwaitChunks, EndPromise
 from cachetier.service import json_match
 from cachetier.service.metrics import Metrics
+from cachetier.service.news import News
 from cachetier.service.sessions import WatchedSessions
 from cachetier.store.store import Store
 
@@ -53,7 +55,7 @@ JSON_TYPE = "application/json"
 SLOW = (ListDocuments, FollowChanges)  # they look up on disk what they list
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Call = Callable[[Any], Message | Callable[[], Message]]
+Call = Callable[[Any], Message | Callable[[], Message] | Awaitable[Message]]
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class Service:
         self.store = store
         self.sessions = WatchedSessions(store)
         self.metrics = Metrics(store.stats)
+        self.news = News(store.waiting)
         self.stopping = asyncio.Event()
 
     def application(self, token: str = "") -> web.Application:
@@ -84,13 +87,15 @@ class Service:
             Release: store.release,
             Renew: store.renew,
             Reserve: store.reserve,
-            Commit: store.commit,
+            Commit: self.news.after(store.commit),
             Invalidate: store.invalidate,
             Report: store.report,
             ReadsDirectly: store.reads_directly,
             OfferPool: store.offer_pool,
             CommitPool: store.commit_pool,
             CheckPools: store.check_pools,
+            AwaitChunks: self.news.next,
+            EndPromise: self.news.after(store.waiting.end_promise),
             RegisterDocument: store.documents.register,
             SyncDocuments: store.documents.sync,
             MatchDocuments: store.documents.match,
@@ -124,9 +129,11 @@ class Service:
             answer = await asyncio.to_thread(call, message) if kind in SLOW else call(message)
             if callable(answer):  # it waits for another node; shielded, because it has to run to its end
                 answer = await asyncio.shield(asyncio.to_thread(answer))
-            reply = encode(answer)
+            elif isinstance(answer, Awaitable):
+                answer = await answer
+            body = encode(answer)
             observe(time.perf_counter() - start)
-            return web.Response(body=reply, content_type=BODY_TYPES[0])
+            return web.Response(body=body, content_type=BODY_TYPES[0])
 
         return handle
 

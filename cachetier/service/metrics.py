@@ -35,6 +35,7 @@ METRICS = (
     Metric("tokens.hit.disk", "cachetier_tokens_hit_total", "Tokens loaded and used.", ("tier", "disk")),
     Metric("tokens.hit.remote", "cachetier_tokens_hit_total", "Tokens loaded and used.", ("tier", "remote")),
     Metric("tokens.stored", "cachetier_tokens_stored_total", "Tokens of chunks that became ready."),
+    Metric("tokens.waited", "cachetier_tokens_waited_total", "Tokens loaded that the match had to wait for."),
     Metric("tokens.blend.loaded", "cachetier_tokens_blend_loaded_total", "Tokens loaded from documents in prompts."),
     Metric("tokens.blend.computed", "cachetier_tokens_blend_computed_total", "Tokens computed between these."),
     Metric("requests.blended", "cachetier_requests_blended_total", "Requests that loaded documents in their prompts."),

@@ -24,6 +24,7 @@ from cachetier.store.gpu_tier import GpuTier
 from cachetier.store.host import HostTable
 from cachetier.store.leases import LeaseTable
 from cachetier.store.namespaces import NamespaceTable
+from cachetier.store.promises import PromiseTable
 from cachetier.store.stats import (
     BlendChecks,
     Counters,
@@ -35,6 +36,7 @@ from cachetier.store.stats import (
     TierSizes,
     TokenCounts,
 )
+from cachetier.store.wait_table import WaitTable
 
 SALT_LENGTH_MAX = 1024
 EXTRA_BYTES_MAX = 1024
@@ -58,6 +60,8 @@ class Books:
     disk_pins: DiskPins = field(default_factory=DiskPins)
     direct: DirectReaders = field(default_factory=DirectReaders)
     engines: EngineTable = field(default_factory=EngineTable)
+    promises: PromiseTable = field(default_factory=PromiseTable)
+    waits: WaitTable = field(default_factory=WaitTable)
     counters: Counters = field(default_factory=Counters)
     tokens: TokenCounts = field(default_factory=TokenCounts)
     requests: RequestCounts = field(default_factory=RequestCounts)
@@ -128,6 +132,7 @@ class Books:
                 tokens.queried,
                 msgspec.structs.replace(tokens.hit),
                 tokens.stored,
+                tokens.waited,
                 msgspec.structs.replace(tokens.blend),
             ),
             requests=msgspec.structs.replace(self.requests),

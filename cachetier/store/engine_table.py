@@ -6,7 +6,15 @@ Pure bookkeeping; the caller holds the store's lock.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cachetier.core.engine_messages import ENGINE_NAME_MAX, ENGINES_MAX, ROLES, AnnounceEngine, EngineInfo, SetRole
+from cachetier.core.engine_messages import (
+    ENGINE_NAME_MAX,
+    ENGINES_MAX,
+    PRODUCER,
+    ROLES,
+    AnnounceEngine,
+    EngineInfo,
+    SetRole,
+)
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import NamespaceId
 
@@ -54,6 +62,11 @@ class EngineTable:
         if known is not None:
             known.role = message.role
         return known is not None
+
+    def is_producer(self, name: str) -> bool:
+        """Tell whether there is an engine of that name, and it is a producer."""
+        known = self._engines.get(name)
+        return known is not None and known.role == PRODUCER
 
     def infos(self, model_of: Callable[[NamespaceId], str], now: float) -> list[EngineInfo]:
         """Describe all of them, by name."""

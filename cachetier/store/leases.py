@@ -34,13 +34,14 @@ class Lease:
         chunks: what it pins.
         shard: which object of each chunk its owner fills; None for a lease to read.
         host_tokens, disk_tokens, gpu_tokens, remote_tokens: most tokens that its owner can have used, by tier.
+        waited_tokens: how many of them were waited for.
         pool_use: which copies in device memory it names and what it orders there; None: nothing.
         expires_at: clock time.
     """
 
     __slots__ = (
         "chunks", "disk_tokens", "expires_at", "gpu_tokens", "host_tokens", "id", "pool_use", "remote_tokens",
-        "session", "shard",
+        "session", "shard", "waited_tokens",
     )  # fmt: skip
 
     def __init__(self, id_: int, session: int, chunks: Sequence[HostChunk], shard: int | None) -> None:
@@ -48,7 +49,7 @@ class Lease:
         self.session = session
         self.chunks = chunks
         self.shard = shard
-        self.host_tokens = self.disk_tokens = self.gpu_tokens = self.remote_tokens = 0
+        self.host_tokens = self.disk_tokens = self.gpu_tokens = self.remote_tokens = self.waited_tokens = 0
         self.pool_use: PoolUse | None = None
         self.expires_at = 0.0
 

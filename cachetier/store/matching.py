@@ -12,19 +12,23 @@ match that has to is handed back as a function, for a thread that can wait: what
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any
+
+import msgspec
 
 from cachetier.core.errors import ProtocolError
 from cachetier.core.messages import LATE_TIERS, TIER_DISK, TIER_GPU, TIER_HOST, TIER_REMOTE, Match, MatchReply
 from cachetier.storage.disk import DiskChunk
 from cachetier.store.books import Books
-from cachetier.store.chunk import HITS_MAX, ChunkState, HostChunk, Tiling
-from cachetier.store.direct import DirectChunk, name_segments
+from cachetier.store.chunk import HITS_MAX, ChunkState, HostChunk
+from cachetier.store.direct import DirectChunk
 from cachetier.store.flush import Flusher
 from cachetier.store.leases import Lease, Session
+from cachetier.store.match_reply import describe
+from cachetier.store.pending import begun_wait, count_pending, num_awaited
 from cachetier.store.promotion import Promoter
 from cachetier.store.prompt import Prompt, tier_of
 from cachetier.store.remote_tier import RemoteTier
+from cachetier.store.wait_table import ChunkWait
 
 LOOK_UP_CHUNKS = 64  # looked up at a time: the first are being read while the next are looked up
 
@@ -42,9 +46,9 @@ class Matcher:
 
     def begin(self, message: Match) -> MatchReply | Callable[[], MatchReply]:
         """See `Store.begin_match`."""
-        prompt = self._prompt(message, is_counted=True)
+        session, prompt = self._prompt(message, is_counted=True)
         if not message.lease:
-            return self._asking(prompt)
+            return self._promised(message, prompt, self._asking(session.engine, prompt))
         try:
             self._walk_here(prompt)
             deadline = self._remote.deadline_for(prompt) if self._remote is not None else None
@@ -57,9 +61,9 @@ class Matcher:
 
     def match(self, message: Match, *, is_counted: bool = True) -> MatchReply:
         """Match on this node alone; what `is_counted` counts as tokens that were asked for."""
-        prompt = self._prompt(message, is_counted=is_counted)
+        session, prompt = self._prompt(message, is_counted=is_counted)
         if not message.lease:
-            return self._asking(prompt)
+            return self._promised(message, prompt, self._asking(session.engine, prompt))
         try:
             self._walk_here(prompt)
         except BaseException:
@@ -67,7 +71,7 @@ class Matcher:
             raise
         return self._lease(message, prompt)
 
-    def _prompt(self, message: Match, *, is_counted: bool) -> Prompt:
+    def _prompt(self, message: Match, *, is_counted: bool) -> tuple[Session, Prompt]:
         books = self._books
         contents = books.contents(message.tokens, message.extras, message.salt)
         with books.lock:
@@ -79,7 +83,44 @@ class Matcher:
         root = books.hasher.root(namespace.id, message.salt)
         prompt = Prompt(namespace, root, contents, books.hasher.chain(root, contents))
         prompt.direct_bytes_per_s = direct_bytes_per_s
-        return prompt
+        return session, prompt
+
+    def _promised(self, message: Match, prompt: Prompt, reply: MatchReply) -> MatchReply:
+        """Note that the asking engine is about to store what `reply` does not have, if it says so."""
+        if not message.promise:
+            return reply
+        books, first = self._books, reply.num_chunks
+        with books.lock:
+            session = books.leases.session(message.session, books.clock())
+            promise = books.promises.make(session, prompt.keys[first:], first, books.clock())
+        return msgspec.structs.replace(reply, promise=promise)
+
+    def progress(self, wait: ChunkWait) -> MatchReply | None:
+        """Lease what is held by now of what `wait` waits for; return the match's reply as it is then.
+
+        Returns:
+            None: there is no news, or nobody waits any more. A wait for which nothing more will come is over.
+        """
+        books, prompt, waits = self._books, wait.prompt, self._books.waits
+        with books.lock:
+            lease = waits.begin_to_look(wait)
+            if lease is None:
+                return None
+            before = len(prompt.held)
+        try:
+            self._walk_here(prompt, lambda: waits.is_on(wait))
+        finally:
+            self._stop_keeping(prompt)
+            wait.is_looked_at = False
+        with books.lock:
+            num_pending = num_awaited(books, wait)
+            if not waits.is_on(wait) or (num_pending and len(prompt.held) == before):
+                return None
+            if not num_pending:
+                waits.end(lease.id)
+            self._count_tokens(lease, prompt)
+            lease.waited_tokens = (len(prompt.held) - wait.num_held) * books.chunk_tokens
+            return self._reply(lease, prompt, num_pending)
 
     def look_up(self, namespace: bytes, tokens: bytes, salt: str) -> MatchReply:
         """Say what is held of a prompt to somebody without a session; changes, leases and counts nothing.
@@ -94,7 +135,7 @@ class Matcher:
         with books.lock:
             known = books.namespaces.get(namespace)
         root = books.hasher.root(known.id, salt)
-        return self._asking(Prompt(known, root, contents, books.hasher.chain(root, contents)), names_copies=True)
+        return self._asking("", Prompt(known, root, contents, books.hasher.chain(root, contents)), names_copies=True)
 
     def release_read(self, lease: Lease, *, may_fill: bool = True) -> None:
         """Give back what an ended lease to read pinned (lock held); offer what is not on disk to the flusher again.
@@ -124,23 +165,30 @@ class Matcher:
             self._promoter.cancel(chunk)
 
     def trim(self, lease: Lease, num_chunks: int) -> None:
-        """Give back all but the first chunks of a live lease to read (lock held), and count the rest as cut."""
+        """Give back all but the first chunks of a live lease to read (lock held), and count the rest as cut.
+
+        Nothing more is waited for.
+        """
+        self._books.waits.end(lease.id)
         cut, lease.chunks = lease.chunks[num_chunks:], lease.chunks[:num_chunks]
         self._unpin(cut)
         self._books.counters.hits_cut += bool(cut)
         self._books.counters.tokens_cut += len(cut) * self._books.chunk_tokens
 
-    def _walk_here(self, prompt: Prompt) -> None:
-        """Pin what this node holds of a prompt."""
-        books = self._books
-        with books.lock:
-            self._walk(prompt, {}, self._take_from_disk)
+    def _walk_here(self, prompt: Prompt, is_wanted: Callable[[], bool] = lambda: True) -> None:
+        """Pin what this node holds of a prompt from where it stands on, while `is_wanted` (lock held)."""
+        lock = self._books.lock
+        with lock:
+            if is_wanted():
+                self._walk(prompt, {}, self._take_from_disk)
         while rows := self._look_up(prompt):
-            with books.lock:
+            with lock:
+                if not is_wanted():
+                    return
                 before = len(prompt.held)
                 self._walk(prompt, rows, self._take_from_disk)
             if len(prompt.held) - before < LOOK_UP_CHUNKS:
-                break
+                return
 
     def _lease(self, message: Match, prompt: Prompt, deadline: float | None = None) -> MatchReply:
         """Lease what was pinned, and until `deadline` what the remote store says that it has of the rest."""
@@ -156,34 +204,49 @@ class Matcher:
                     break
             with books.lock:
                 session = books.leases.session(message.session, books.clock())
-                if prompt.held and not books.leases.is_full:
+                wait = begun_wait(books, message.wait, session.engine, prompt) if message.wait else None
+                num_pending = (
+                    num_awaited(books, wait) if wait else count_pending(books, session.engine, prompt, len(prompt.held))
+                )
+                if (prompt.held or (wait and num_pending)) and not books.leases.is_full:
                     lease = self._grant(session, prompt, message.reads_pools)
-                return self._reply(lease, prompt)
+                    if wait and num_pending:
+                        books.waits.begin(wait, lease)
+                reply = self._reply(lease, prompt, num_pending)
         finally:
             self._clean_up(prompt, lease)
+        return self._promised(message, prompt, reply)
 
     def _clean_up(self, prompt: Prompt, lease: Lease | None) -> None:
         """Give back what a match kept on disk, and without a lease also what it pinned."""
-        books = self._books
-        for key in prompt.kept:
-            books.disk_pins.unpin(key)
-        for record in prompt.records.values():
-            assert books.disk is not None
-            books.disk.let_go(record)
+        self._stop_keeping(prompt)
         if lease is None and prompt.held:
-            with books.lock:
+            with self._books.lock:
                 self._unpin(prompt.held)
 
+    def _stop_keeping(self, prompt: Prompt) -> None:
+        """Let go of what was kept on disk while a prompt was walked along."""
+        for key in prompt.kept:
+            self._books.disk_pins.unpin(key)
+        for record in prompt.records.values():
+            assert self._books.disk is not None
+            self._books.disk.let_go(record)
+        prompt.kept.clear()
+        prompt.records.clear()
+
     def _grant(self, session: Session, prompt: Prompt, reads_pools: bool) -> Lease:
-        books, tiers = self._books, prompt.tiers
-        lease = books.leases.grant(session, prompt.held, books.clock())
+        lease = self._books.leases.grant(session, prompt.held, self._books.clock())
         if reads_pools:
-            lease.pool_use = books.gpu.use(session.engine, prompt.held, tiers)
-        lease.host_tokens = tiers.count(TIER_HOST) * books.chunk_tokens
-        lease.disk_tokens = tiers.count(TIER_DISK) * books.chunk_tokens
-        lease.gpu_tokens = tiers.count(TIER_GPU) * books.chunk_tokens
-        lease.remote_tokens = tiers.count(TIER_REMOTE) * books.chunk_tokens
+            lease.pool_use = self._books.gpu.use(session.engine, prompt.held, prompt.tiers)
+        self._count_tokens(lease, prompt)
         return lease
+
+    def _count_tokens(self, lease: Lease, prompt: Prompt) -> None:
+        chunk_tokens, tiers = self._books.chunk_tokens, prompt.tiers
+        lease.host_tokens = tiers.count(TIER_HOST) * chunk_tokens
+        lease.disk_tokens = tiers.count(TIER_DISK) * chunk_tokens
+        lease.gpu_tokens = tiers.count(TIER_GPU) * chunk_tokens
+        lease.remote_tokens = tiers.count(TIER_REMOTE) * chunk_tokens
 
     def _walk(
         self, prompt: Prompt, rows: Mapping[int, DiskChunk], take: Callable[[Prompt, DiskChunk], HostChunk | None]
@@ -269,44 +332,10 @@ class Matcher:
             self._promoter.offer(chunk)
         return chunk
 
-    def _reply(self, lease: Lease | None, prompt: Prompt) -> MatchReply:
+    def _reply(self, lease: Lease | None, prompt: Prompt, num_pending: int) -> MatchReply:
         """Describe what `lease` holds (lock held, so that no frame changes hands meanwhile)."""
-        held = prompt.held if lease else []
-        tilings: list[Tiling] = []
-        tiling_of = bytearray()
-        frames: list[Any] = []
-        checksums: list[Any] = []
-        last: Tiling | None = None
-        index = 0
-        for chunk in held:
-            if chunk.tiling is not last:
-                last = chunk.tiling
-                if last not in tilings:
-                    tilings.append(last)
-                index = tilings.index(last)
-            tiling_of.append(index)
-            frames += chunk.frames
-            checksums += chunk.checksums
-        use = lease.pool_use if lease else None
-        segments, segment_of = name_segments(held)
-        return MatchReply(
-            lease=lease.id if lease else 0,
-            num_chunks=len(held),
-            keys=b"".join(prompt.keys),
-            tiers=bytes(prompt.tiers[: len(held)]),
-            tilings=[list(tiling.shards) for tiling in tilings],
-            tiling_of=bytes(tiling_of),
-            frames=frames,
-            checksums=checksums,
-            num_pending=self._count_pending(prompt, len(held)),
-            ready_in_s=self._ready_in_s(prompt) if held else [],
-            segments=segments,
-            segment_of=segment_of,
-            pools=[pool.message for pool in use.pools] if use else [],
-            pool_of=bytes(use.pool_of) if use else b"",
-            pool_frames=use.frames if use else [],
-            fill=use.fill.id if use and use.fill else 0,
-        )
+        ready_in_s = self._ready_in_s(prompt) if lease and prompt.held else []
+        return describe(lease, prompt, num_pending, ready_in_s)
 
     def _ready_in_s(self, prompt: Prompt) -> list[float]:
         """Say when each chunk of a late tier will be there; nothing if that is not known of one of these tiers."""
@@ -326,7 +355,7 @@ class Matcher:
         read_bytes = accumulate(chunk.tiling.total_frame_bytes for chunk in on_disk)
         return [each / prompt.direct_bytes_per_s for each in read_bytes]
 
-    def _asking(self, prompt: Prompt, *, names_copies: bool = False) -> MatchReply:
+    def _asking(self, engine: str, prompt: Prompt, *, names_copies: bool = False) -> MatchReply:
         """Say what this node holds without touching anything; no frames are named, for nothing keeps them."""
         books, tiers = self._books, bytearray()
         for number, key in enumerate(prompt.keys):
@@ -348,14 +377,5 @@ class Matcher:
             tiling_of=b"",
             frames=[],
             checksums=[],
-            num_pending=self._count_pending(prompt, len(tiers)),
+            num_pending=count_pending(books, engine, prompt, len(tiers)),
         )
-
-    def _count_pending(self, prompt: Prompt, start: int) -> int:
-        count = 0
-        for number in range(start, len(prompt.keys)):
-            chunk = self._books.table.chunks.get(prompt.keys[number])
-            if chunk is None or chunk.state is not ChunkState.PENDING or not prompt.has(number, chunk):
-                break
-            count += 1
-        return count

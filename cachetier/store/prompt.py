@@ -1,4 +1,7 @@
-"""A prompt while it is matched: its chain, and how far it was found to be held."""
+"""A prompt while it is matched, or waited for: its chain, and how far it is held.
+
+Plain data. A match that is answered owns it alone; of one that waits, the store's lock guards it.
+"""
 
 from cachetier.core.keys import ChainKey
 from cachetier.core.messages import TIER_DISK, TIER_HOST, TIER_REMOTE

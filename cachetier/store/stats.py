@@ -29,12 +29,14 @@ class TokenCounts(msgspec.Struct):
         queried: tokens in complete chunks of prompts that asked for a lease.
         hit: tokens that were then loaded and used (reported with the release).
         stored: tokens of chunks that became ready by a commit.
+        waited: those of `hit` in chunks that were not held yet, but pending or promised, when the request was matched.
         blend: what engines report of prompts in which they found documents; not part of `queried` and `hit`.
     """
 
     queried: int = 0
     hit: HitTokens = msgspec.field(default_factory=HitTokens)
     stored: int = 0
+    waited: int = 0
     blend: BlendTokens = msgspec.field(default_factory=BlendTokens)
 
 

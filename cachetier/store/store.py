@@ -50,6 +50,7 @@ from cachetier.store.opening import open_tiers
 from cachetier.store.remote_tier import MakeStore
 from cachetier.store.stats import Stats
 from cachetier.store.storing import Storer
+from cachetier.store.waiting import Waiting
 
 INSTANCE_BYTES = 16
 
@@ -72,7 +73,7 @@ class Store:
     Attributes:
         chunk_tokens: tokens a chunk.
         data_dir: the data directory.
-        documents, engines, events: answer the messages about them.
+        documents, engines, events, waiting: answer the messages about them.
         look_up: says what is held of a prompt: `Matcher.look_up`.
     """
 
@@ -103,6 +104,7 @@ class Store:
         self._storer = Storer(self._books, self._flusher, self._remote, config.lease_ttl_s)
         self.documents = Documents(self._books, self._matcher, self._flusher, tiers.document_file)
         self.engines, self.events = Engines(self._books), Events(self._books)
+        self.waiting = Waiting(self._books, self._matcher)
         self.look_up = self._matcher.look_up
 
     @property
@@ -135,6 +137,7 @@ class Store:
             self._books.direct.end_session(session)
             self._books.engines.end_session(session)
             self.events.end_session(session)
+            self._books.promises.end_session(session)
             self._end_dead(self._books.leases.close_session(session))
 
     def register_namespace(self, message: RegisterNamespace) -> RegisterNamespaceReply:
@@ -156,9 +159,9 @@ class Store:
         """Say how many leading chunks of a prompt are held and lease them; start reading those that are on disk.
 
         The hit ends before the first chunk that is held nowhere, is still being stored, or finds no room in the arena
-        because everything is leased. For an engine that reads segment files itself the reply names places in them,
-        which stay as they are until the lease ends. Without `lease` the reply names no frames and nothing is touched or
-        counted.
+        because everything is leased; a match that waits is told of what follows by `waiting`. For an engine that reads
+        segment files itself the reply names places in them, which stay as they are until the lease ends. Without
+        `lease` the reply names no frames and nothing is touched or counted.
         """
         found = self._matcher.begin(message)
         return found() if callable(found) else found
@@ -195,6 +198,7 @@ class Store:
                     books.tokens.hit.disk += min(max(use.disk_tokens, 0), lease.disk_tokens)
                     books.tokens.hit.gpu += min(max(use.gpu_tokens, 0), lease.gpu_tokens)
                     books.tokens.hit.remote += min(max(use.remote_tokens, 0), lease.remote_tokens)
+                    books.tokens.waited += min(max(use.waited_tokens, 0), lease.waited_tokens)
                     used = use.host_tokens + use.disk_tokens + use.gpu_tokens + use.remote_tokens
                     self._give_back(lease, is_used=used > 0)
         return Empty()
@@ -300,6 +304,7 @@ class Store:
             self._books.gpu.expire(now, self._books.leases.is_open)
             self._books.direct.expire(self._books.leases.is_open)
             self._books.engines.expire(self._books.leases.is_open)
+            self._books.promises.expire(now, self._books.leases.is_open)
             self.events.expire(now, self._books.leases.is_open)
             if self._remote is not None:
                 self._remote.expire()
@@ -319,6 +324,8 @@ class Store:
             self._storer.check_integrity()
             self._books.documents.check_integrity()
             leases = self._books.leases.leases()
+            self._books.promises.check_integrity()
+            self._books.waits.check_integrity(lease.id for lease in leases)
             uses = [lease.pool_use for lease in leases if lease.pool_use is not None]
             self._books.gpu.check_integrity(self._books.table.with_frames(), uses)
             leased: dict[int, int] = {}

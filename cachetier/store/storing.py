@@ -84,6 +84,8 @@ class Storer:
                     outcome = self._reserve_one(chain, number, shard, on_disk)
                 is_parent_held = outcome != RESERVE_DROPPED
                 outcomes.append(outcome)
+                if outcome == RESERVE_DROPPED:
+                    books.promises.settle(chain.keys[number])
                 if outcome == RESERVE_FILL:
                     filled.append(books.table.chunks[chain.keys[number]])
             books.counters.stores_dropped += outcomes.count(RESERVE_DROPPED)
@@ -251,6 +253,7 @@ class Storer:
             if None not in chunk.checksums:
                 books.table.seal(chunk, is_durable=False)
                 books.tokens.stored += books.chunk_tokens
+                books.promises.settle(chunk.key)
                 if self._flusher is not None:
                     self._flusher.offer(chunk)
                 if self._remote is not None:
@@ -264,4 +267,5 @@ class Storer:
         if chunk.state is ChunkState.PENDING:
             self._waiting.pop(chunk, None)
             self._books.table.remove(chunk)
+            self._books.promises.settle(chunk.key)
             self._books.counters.stores_dropped += 1

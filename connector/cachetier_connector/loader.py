@@ -4,6 +4,9 @@ A thread waits for frames that a promotion is filling by watching their state; i
 two, so that a load from memory need not wait behind one from disk. That no unverified byte is used is the engine's
 business; what it could not bring becomes bad blocks, which vLLM computes.
 
+A request's load may come in pieces, which end in any order; it has ended when the last of them was submitted and all
+have ended.
+
 Locking design: loads travel through a queue; results are collected under `_lock`. The blocks of a failed load are added
 before its request counts as finished, as vLLM demands.
 """
@@ -72,7 +75,8 @@ class Loader:
         self._stall_s, self._report_corrupt, self._report_filled = stall_s, report_corrupt, report_filled
         self._lock = threading.Lock()
         self._has_finished = threading.Event()
-        self._num_submitted = self._num_taken = 0
+        self._under_way: dict[str, int] = {}
+        self._more_to_come: set[str] = set()
         self._finished: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._seconds: dict[str, float] = {}
@@ -90,27 +94,27 @@ class Loader:
 
         The engine bounds their number: each holds paged blocks.
         """
-        self._num_submitted += 1
+        with self._lock:
+            self._under_way[load.request_id] = self._under_way.get(load.request_id, 0) + 1
+            (self._more_to_come.discard if load.is_last else self._more_to_come.add)(load.request_id)
         self._loads.put(Submitted(load, fence, time.monotonic()))
 
     def take_finished(self, wait_s: float = 0.0) -> set[str]:
-        """Return the requests whose loads ended since the last call; wait for the first if there are loads at all.
+        """Return the requests whose last load ended since the last call; wait for a load to end, or for one to come.
 
         Requests that are blended are not among them: see `take_parts`. The worker's main thread.
         """
-        if wait_s and self._num_taken < self._num_submitted:
+        if wait_s and (self._under_way or self._more_to_come):
             self._has_finished.wait(wait_s)
         with self._lock:
             self._has_finished.clear()
             finished, self._finished = self._finished, set()
-        self._num_taken += len(finished)
         return finished
 
     def take_parts(self) -> dict[str, dict[int, int]]:
         """Return up to which token each part of blended requests was filled that ended since the last call."""
         with self._lock:
             parts, self._parts = self._parts, {}
-        self._num_taken += sum(map(len, parts.values()))
         return parts
 
     def take_bad_blocks(self) -> set[int]:
@@ -145,13 +149,18 @@ class Loader:
             with self._lock:
                 self._has_finished.set()
                 self._seconds[load.request_id] = time.monotonic() - start_s
+                self._under_way[load.request_id] -= 1
+                is_complete = not self._under_way[load.request_id] and load.request_id not in self._more_to_come
+                if not self._under_way[load.request_id]:
+                    del self._under_way[load.request_id]
                 if load.part is not None:  # what is missing will be computed with the rest
                     self._parts.setdefault(load.request_id, {})[load.part] = end
                     continue
                 if end < load.end:
                     block_tokens = self._engine.block_tokens
                     self._bad_blocks.update(load.block_ids[end // block_tokens : -(-load.end // block_tokens)])
-                self._finished.add(load.request_id)
+                if is_complete:
+                    self._finished.add(load.request_id)
 
     def _load(self, submitted: Submitted) -> int:
         """Carry out a load and report what it filled; return up to which token that worked."""
@@ -164,6 +173,8 @@ class Loader:
 
     def _carry_out(self, submitted: Submitted, filled: list[int]) -> int:
         load, start_s = submitted.load, time.monotonic()
+        if not load.chunks.tiling_of:
+            return load.start
         try:
             arena = self._arenas.get(load.arena_path, load.instance)
         except CachetierError as error:

@@ -29,13 +29,16 @@ from cachetier.core.messages import (
     Renew,
     Report,
     Trim,
+    Wait,
 )
+from cachetier.core.wait_messages import EndPromise
 from cachetier_connector.documents import Documents
 from cachetier_connector.facts import adapter_of, inputs_of
 from cachetier_connector.fingerprint import fingerprint_folder
 from cachetier_connector.link import ServerLink
 from cachetier_connector.plan import extras_of, tokens_to_bytes
 from cachetier_connector.requests import FoundDocument, MatchTicket, TrackedRequest
+from cachetier_connector.waiter import Waiter
 
 USES = {TIER_HOST: "host_tokens", TIER_DISK: "disk_tokens", TIER_GPU: "gpu_tokens", TIER_REMOTE: "remote_tokens"}
 MAX_JOBS = 4096
@@ -60,6 +63,8 @@ class Matcher:
         max_blocking_s: float,
         *,
         reads_pools: bool = False,
+        waiter: Waiter | None = None,
+        storing_s: float = 2.0,
         chore: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the thread.
@@ -70,10 +75,13 @@ class Matcher:
             layout: of its KV cache group.
             max_blocking_s: how long a call of a match may take before the server counts as dead.
             reads_pools: whether the engine can use copies in device memory.
+            waiter: brings news of chunks that are not held yet, None: nothing is waited for.
+            storing_s: how long a chunk may take from the step that computes it until it is stored.
             chore: what else is to be done on the thread, called after every job and every `IDLE_S` at least.
         """
         self._link, self._identity, self._layout = link, identity, layout
         self._max_blocking_s, self._reads_pools, self._chore = max_blocking_s, reads_pools, chore
+        self._waiter, self._storing_s = waiter, storing_s
         self._release_s = max(RELEASE_TIMEOUT_S, max_blocking_s)
         self._documents = Documents(link, max_blocking_s, reads_pools=reads_pools)
         self._jobs: queue.Queue[Callable[[], object]] = queue.Queue(MAX_JOBS)
@@ -106,18 +114,34 @@ class Matcher:
         silent_since_s = max(ticket.since_s, self._answered_s)
         return now - silent_since_s >= CALLS_MAX * limit_s or now - ticket.since_s >= TURN_DEADLINES * limit_s
 
-    def release(self, ticket: MatchTicket, used: Mapping[int, int] | None = None) -> None:
-        """Give back what `ticket` holds or will hold, its documents included. Never blocks; idempotent.
+    def release(
+        self,
+        ticket: MatchTicket,
+        used: Mapping[int, int] | None = None,
+        *,
+        num_waited: int = 0,
+        num_stored: int = 0,
+    ) -> None:
+        """Give back what `ticket` holds or will hold, its documents included, and end what it promised.
+
+        Never blocks; idempotent.
 
         Args:
             ticket: of the match.
             used: how many tokens of it were used, by tier.
+            num_waited: how many of these were waited for.
+            num_stored: leading chunks that were handed over to be stored: what else was promised will not come.
         """
-        if uses := self._end(ticket, used or {}):
+        was_released = ticket.is_released
+        if uses := self._end(ticket, used or {}, num_waited):
             self._submit(lambda: self._release(ticket.instance, uses))
+        if not was_released and ticket.reply is not None and ticket.reply.promise:
+            self._submit(lambda: self._end_promise(ticket, num_stored))
 
     def trim(self, ticket: MatchTicket, num_chunks: int) -> None:
-        """Say that only the first `num_chunks` chunks that `ticket` holds will be loaded. Never blocks."""
+        """Say that only the first `num_chunks` chunks that `ticket` holds will be loaded, and no more. Never blocks."""
+        if self._waiter is not None:
+            self._waiter.remove(ticket)
         self._submit(lambda: self._trim(ticket, num_chunks))
 
     def report_rates(self, prefill_tokens_per_s: float, load_tokens_per_s: float) -> None:
@@ -179,7 +203,9 @@ class Matcher:
         self._adapters = {}
 
     def stop(self) -> None:
-        """Carry out what is queued, close the session and end the thread."""
+        """Carry out what is queued, close the session and end the thread, the waiter's too."""
+        if self._waiter is not None:
+            self._waiter.stop()
         self._is_stopping = True
         self._thread.join(self._release_s + self._max_blocking_s)
 
@@ -230,6 +256,8 @@ class Matcher:
                     extras=ticket.extras,
                     lease=tracked.may_load and not ticket.is_abandoned,
                     reads_pools=self._reads_pools,
+                    promise=tracked.promises,
+                    wait=self._wait_of(tracked, ticket),
                 ),
                 self._max_blocking_s,
             )
@@ -237,6 +265,9 @@ class Matcher:
                 ticket.namespace, ticket.tokens, ticket.chunk_tokens = namespace, tokens, server.chunk_tokens
                 ticket.arena_path, ticket.instance = server.arena_path, server.instance
                 ticket.reply, ticket.replied_s = reply, time.monotonic()
+                ticket.num_held = reply.num_chunks if reply is not None else 0
+            if self._waiter is not None and ticket.wait_number:
+                self._waiter.begin() if reply is not None and reply.num_pending else self._waiter.remove(ticket)
             if reply is not None and reply.lease:
                 self._leased[reply.lease] = ticket
             if reply is not None and tracked.may_blend and not ticket.is_abandoned:
@@ -245,6 +276,15 @@ class Matcher:
             ticket.done.set()
             if ticket.is_abandoned:
                 self.release(ticket)
+
+    def _wait_of(self, tracked: TrackedRequest, ticket: MatchTicket) -> Wait | None:
+        if self._waiter is None or not tracked.may_load or ticket.is_abandoned:
+            return None
+        return Wait(
+            number=self._waiter.add(ticket),
+            for_promised=tracked.waits_for_promised,
+            prefill=tracked.wishes.prefill,
+        )
 
     def _find_documents(self, ticket: MatchTicket, request: Any) -> list[FoundDocument]:
         assert ticket.reply is not None
@@ -278,9 +318,11 @@ class Matcher:
                 self._adapters[adapter] = None
         return self._adapters[adapter]
 
-    def _end(self, ticket: MatchTicket, used: Mapping[int, int]) -> list[LeaseUse]:
+    def _end(self, ticket: MatchTicket, used: Mapping[int, int], num_waited: int = 0) -> list[LeaseUse]:
         """Mark a ticket and its documents' as given back; return the leases that have to be."""
         uses = [use for found in ticket.documents for use in self._end(found.ticket, {})]
+        if self._waiter is not None:
+            self._waiter.remove(ticket)
         with self._ticket_lock:
             ticket.is_abandoned = True
             if ticket.reply is None or ticket.is_released:
@@ -288,7 +330,7 @@ class Matcher:
             ticket.is_released = True
         if lease := ticket.reply.lease:
             by_tier = {name: used.get(tier, 0) for tier, name in USES.items()}
-            uses.append(LeaseUse(lease=lease, **by_tier))
+            uses.append(LeaseUse(lease=lease, waited_tokens=num_waited, **by_tier))
         return uses
 
     def _release(self, instance: str, uses: list[LeaseUse]) -> None:
@@ -297,6 +339,15 @@ class Matcher:
         for use in uses:
             self._leased.pop(use.lease, None)
         self._link.call(lambda session: Release(session=session, uses=uses), self._release_s)
+
+    def _end_promise(self, ticket: MatchTicket, num_chunks: int) -> None:
+        if self._link.server is None or self._link.server.instance != ticket.instance or ticket.reply is None:
+            return
+        promise, within_s = ticket.reply.promise, self._storing_s
+        self._link.call(
+            lambda session: EndPromise(session=session, promise=promise, num_chunks=num_chunks, within_s=within_s),
+            self._release_s,
+        )
 
     def _trim(self, ticket: MatchTicket, num_chunks: int) -> None:
         if self._link.server is None or self._link.server.instance != ticket.instance or ticket.reply is None:

@@ -13,7 +13,7 @@ import xxhash
 
 from cachetier.core.keys import KEY_BYTES, TOKEN_BYTES
 from cachetier.core.layout import Shard
-from cachetier.core.messages import MatchReply
+from cachetier.core.messages import TIER_HOST, MatchReply
 from cachetier.core.pool_messages import POOL_NONE, Pool
 
 
@@ -77,6 +77,8 @@ class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
         patience_s: how long the load waits for frames that are still being filled, in all; None: as long as they come.
         shift: position of a token in the prompt minus its position in the chain of `chunks`; K is rotated by it.
         part: number among the loads of a request that is blended, None: it is not.
+        is_last: with this load, and those before it, what the request loads is complete. One without chunks says that
+            the rest is not to be had.
     """
 
     request_id: str
@@ -95,6 +97,7 @@ class LoadOp(msgspec.Struct, frozen=True, kw_only=True):
     patience_s: float | None = None
     shift: int = 0
     part: int | None = None
+    is_last: bool = True
 
 
 class StoreOp(msgspec.Struct, frozen=True, kw_only=True):
@@ -245,11 +248,11 @@ def chunks_to_load(reply: MatchReply, start: int, end: int, chunk_tokens: int) -
 
 
 def split_by_tier(reply: MatchReply, start: int, end: int, chunk_tokens: int) -> dict[int, int]:
-    """Return how many of the tokens `[start, end)` come from which tier."""
+    """Return how many of the tokens `[start, end)` come from which tier; what is not held yet will be in memory."""
     if start >= end:
         return {}
     first, last = start // chunk_tokens, -(-end // chunk_tokens)
-    tiers = reply.tiers[first:last]
+    tiers = reply.tiers[first:last].ljust(last - first, bytes([TIER_HOST]))
     counts = {tier: tiers.count(tier) * chunk_tokens for tier in set(tiers)}
     counts[tiers[0]] -= start - first * chunk_tokens
     counts[tiers[-1]] -= last * chunk_tokens - end

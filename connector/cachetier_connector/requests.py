@@ -16,15 +16,19 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(slots=True)
 class MatchTicket:
-    """A match under way. The link thread fills it and sets `done` last; the scheduler thread only reads it.
+    """A match under way. The link thread fills it and sets `done` last; the scheduler thread has it from then on.
 
     Attributes:
         namespace: of the request's model and adapter; empty while unknown.
         tokens: what was matched, little-endian int32.
         extras: digests of the request's multimodal inputs by chunk.
         chunk_tokens: tokens a chunk.
-        reply: what is held, None if the server could not tell.
+        reply: what is held, None if the server could not tell; the scheduler thread follows the news.
         replied_s: when that was so.
+        num_held: chunks that were held when the server answered first.
+        wait_number: what the server calls its wait for more; 0: it has none.
+        news: the latest reply to the match after the first, None while there is none. The waiter's thread sets it.
+        is_lost: no more news will come. The waiter's thread sets it.
         choice: what of it is worth loading; the scheduler thread decides when vLLM first asks.
         arena_path, instance: the arena that the reply's frames lie in.
         is_abandoned: set by the scheduler thread: nothing will be loaded, a lease that still comes is to be given back.
@@ -39,6 +43,10 @@ class MatchTicket:
     chunk_tokens: int = 0
     reply: MatchReply | None = None
     replied_s: float = 0.0
+    num_held: int = 0
+    wait_number: int = 0
+    news: MatchReply | None = None
+    is_lost: bool = False
     choice: Choice | None = None
     arena_path: str = ""
     instance: str = ""
@@ -64,6 +72,8 @@ class TrackedRequest:
         request: vLLM's.
         wishes: what the request asks of cachetier.
         may_load, may_store, may_blend: what role, request and circumstances allow.
+        promises: others may wait for what will be stored of its prompt.
+        waits_for_promised: it waits for what others promise.
         ticket: the latest match, None before the first and when another is needed.
         block_ids: the block table as far as it is known.
         computed_end: tokens whose KV is computed once every step scheduled so far has run.
@@ -85,6 +95,8 @@ class TrackedRequest:
     may_load: bool
     may_store: bool
     may_blend: bool = False
+    promises: bool = False
+    waits_for_promised: bool = False
     ticket: MatchTicket | None = None
     block_ids: list[int] = dataclasses.field(default_factory=list)
     computed_end: int = 0

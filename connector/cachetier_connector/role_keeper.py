@@ -36,6 +36,16 @@ class RoleKeeper:
         """Whether requests that arrive now may store."""
         return self._role in (PRODUCER, BOTH)
 
+    @property
+    def promises(self) -> bool:
+        """Whether others may count on requests that arrive now being stored."""
+        return self._role == PRODUCER
+
+    @property
+    def waits_for_promised(self) -> bool:
+        """Whether requests that arrive now wait for what others have promised."""
+        return self._role == CONSUMER
+
     def tend(self) -> None:
         """Do what is due. Cheap when nothing is."""
         now = time.monotonic()

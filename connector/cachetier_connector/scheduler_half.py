@@ -15,27 +15,29 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cachetier.core.keys import KEY_BYTES, TOKEN_BYTES, ModelIdentity
+from cachetier.core.keys import ModelIdentity
 from cachetier.core.messages import TIER_HOST
 from cachetier_connector.blend_guard import BlendGuard
 from cachetier_connector.blend_schedule import BlendSchedule
 from cachetier_connector.break_even import BreakEven, Hit
 from cachetier_connector.facts import EngineFacts, is_addressable, may_read
+from cachetier_connector.hand_over import HandOver
 from cachetier_connector.kv_events import TierEvents
 from cachetier_connector.link import ServerLink
-from cachetier_connector.load_ops import blend_loads, documents_as_hit, load_op, share_choice, tiers_of_load
+from cachetier_connector.load_ops import blend_loads, documents_as_hit, share_choice, tiers_of_load
 from cachetier_connector.matcher import Matcher
-from cachetier_connector.plan import StepPlan, StoreOp, Verdict, first_failed_token, loadable_end, tokens_to_bytes
+from cachetier_connector.plan import StepPlan, Verdict, first_failed_token, loadable_end
 from cachetier_connector.prefill_rate import work_of
 from cachetier_connector.requests import MatchTicket, TrackedRequest, log_times
 from cachetier_connector.role_keeper import RoleKeeper
+from cachetier_connector.store_ops import store_ops
+from cachetier_connector.waiter import Waiter
 from cachetier_connector.wishes import wishes_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-MAX_CHUNKS_PER_OP = 256
 # vLLM sleeps for 1 ms before it asks again when it has nothing to compute; most matches take less.
 IDLE_WAIT_S = 0.003
 
@@ -61,6 +63,8 @@ class SchedulerHalf:
         self._requests: dict[str, TrackedRequest] = {}
         self._break_even, self._step = BreakEven(), 0
         self._blends, self._guard = BlendSchedule(facts), BlendGuard(facts)
+        config = facts.config
+        self._hand_over = HandOver(config.wait_deadline_ms / 1000, config.load_deadline_ms / 1000)
         self._plan = StepPlan()
         self._may_wait = True
         self._socket_path = ""
@@ -74,12 +78,15 @@ class SchedulerHalf:
         self._role = RoleKeeper(self._link, facts, identity)
         self.events = TierEvents(ServerLink("events", facts.engine, lambda: self._socket_path), facts, identity)
         self.events.start()
+        match_deadline_s = config.match_deadline_ms / 1000
         self._matcher = Matcher(
             self._link,
             identity,
             facts.layout,
-            facts.config.match_deadline_ms / 1000,
+            match_deadline_s,
             reads_pools=facts.device == "cuda",
+            waiter=Waiter(ServerLink("waiter", facts.engine, lambda: self._socket_path), match_deadline_s),
+            storing_s=2 * config.store_deadline_ms / 1000,
             chore=self._role.tend,
         )
 
@@ -99,12 +106,15 @@ class SchedulerHalf:
         if wishes.complaint:
             log.warning("cachetier: request %s: %s", request.request_id, wishes.complaint)
         may_load = wishes.load and self._role.loads and may_read(request)
+        may_store = wishes.store and self._role.stores
         tracked = TrackedRequest(
             request=request,
             wishes=wishes,
             may_load=may_load,
-            may_store=wishes.store and self._role.stores,
+            may_store=may_store,
             may_blend=may_load and self._blends.wants(request, wishes),
+            promises=may_store and self._role.promises,
+            waits_for_promised=self._role.waits_for_promised,
         )
         if tracked.may_load or tracked.may_store:
             self._requests[tracked.id] = tracked
@@ -160,7 +170,7 @@ class SchedulerHalf:
         tracked.planned_s = time.monotonic()
         tracked.block_ids, tracked.computed_end = list(block_ids), end
         if tracked.blend is None:
-            self._plan.loads.append(load_op(tracked, ticket, start, end))
+            self._plan.loads += self._hand_over.begin(tracked, ticket, start, end)
             return
         assert end == tracked.blend.end, "vLLM takes asynchronous loads whole or not at all"
         loads = blend_loads(tracked, start)
@@ -180,7 +190,8 @@ class SchedulerHalf:
         for request_id in output.num_scheduled_tokens:
             tracked = self._requests.get(request_id)
             if tracked is not None and tracked.may_store:
-                self._plan.stores_after += self._stores(tracked, tracked.request.num_tokens)
+                self._plan.stores_after += store_ops(tracked, tracked.request.num_tokens, self._facts.block_tokens)
+        self._plan.loads += self._hand_over.next_ops()
         self._plan.blends = self._blends.next_ops()
         self._plan.check = self._guard.next_op(is_free=not self._plan.blends)
         checked = self._guard.take_ended()
@@ -227,8 +238,10 @@ class SchedulerHalf:
         """Learn which loads ended, and which blocks they could not fill (perhaps in an earlier step)."""
         if bad_blocks:
             for tracked in self._requests.values():
-                if tracked.loading is not None and tracked.failed_at is None:
-                    tracked.failed_at = first_failed_token(tracked.block_ids, bad_blocks, self._facts.block_tokens)
+                if tracked.loading is not None:  # its pieces end in any order
+                    failed_at = first_failed_token(tracked.block_ids, bad_blocks, self._facts.block_tokens)
+                    known = (at for at in (tracked.failed_at, failed_at) if at is not None)
+                    tracked.failed_at = min(known, default=None)
         for request_id in finished_loading:
             loaded = self._requests.get(request_id)
             if loaded is not None and loaded.loading is not None:
@@ -245,7 +258,7 @@ class SchedulerHalf:
         tracked.is_finished = True
         if tracked.may_store and tracked.loading is None:
             # The last token was sampled but, as far as is certain here, not computed.
-            self._plan.stores_before += self._stores(tracked, request.num_tokens - 1)
+            self._plan.stores_before += store_ops(tracked, request.num_tokens - 1, self._facts.block_tokens)
         must_keep = self._facts.keeps_blocks and tracked.has_stores and tracked.loading is None
         if tracked.wishes.document and tracked.ticket is not None:
             self._matcher.register_document(tracked, tracked.ticket)
@@ -262,6 +275,7 @@ class SchedulerHalf:
         for tracked in self._requests.values():
             tracked.may_load = tracked.may_store = tracked.is_blended = False
         self._guard.drop()
+        self._hand_over.drop()
         generation = secrets.randbits(62)
         self._matcher.start_generation(generation)
         self.events.start_generation(generation)
@@ -275,11 +289,14 @@ class SchedulerHalf:
 
     def _forget(self, tracked: TrackedRequest) -> None:
         if tracked.ticket is not None:
-            self._matcher.release(tracked.ticket)
+            self._matcher.release(tracked.ticket, num_stored=tracked.next_chunk)
         del self._requests[tracked.id]
 
     def _worth_loading(self, tracked: TrackedRequest, ticket: MatchTicket) -> int:
-        """Return how many chunks of a hit to load. Decided when vLLM first asks: waiting until then costs nothing."""
+        """Return how many chunks of a hit to load, awaited ones included.
+
+        What of the held ones is worth it is decided when vLLM first asks: waiting until then costs nothing.
+        """
         reply, request = ticket.reply, tracked.request
         assert reply is not None
         if ticket.choice is None:
@@ -291,12 +308,12 @@ class SchedulerHalf:
                 ready_in_s=reply.ready_in_s,
                 elapsed_s=0.0 if reply.segments else time.monotonic() - ticket.replied_s,  # the engine has not begun
             )
-            ticket.choice = self._break_even.choose(hit)
-            if ticket.choice.num_chunks < reply.num_chunks:
+            ticket.choice = self._hand_over.choice(tracked, ticket) or self._break_even.choose(hit)
+            if ticket.choice.num_chunks < reply.num_chunks or (reply.num_pending and ticket.documents):
                 self._matcher.trim(ticket, ticket.choice.num_chunks)
             if rates := self._break_even.news(request.num_tokens, time.monotonic()):
                 self._matcher.report_rates(*rates)
-        return ticket.choice.num_chunks
+        return ticket.choice.num_chunks + self._hand_over.num_awaited(tracked, ticket)
 
     def _choose_documents(self, ticket: MatchTicket) -> None:
         """Decide, when vLLM first asks, what of the documents in a prompt is cheaper to load than to compute."""
@@ -315,14 +332,15 @@ class SchedulerHalf:
             tracked.may_load = False  # or the same load would be tried again
             self._matcher.report_failed_load()
         tiers = tiers_of_load(tracked, start, end)
+        num_waited = 0 if tracked.blend else max(0, end - max(start, ticket.num_held * ticket.chunk_tokens))
         if tracked.blend is not None:
             self._matcher.report_blend(*self._blends.end(tracked))
             tracked.is_blended = tracked.failed_at is None
             tracked.may_blend = False  # not again after a preemption: what follows it would depend on luck
-        elif tracked.failed_at is None and tiers.keys() == {TIER_HOST}:
+        elif tracked.failed_at is None and tiers.keys() == {TIER_HOST} and not num_waited:
             self._break_even.load.learn(end - start, tracked.load_s)
         tracked.loading = tracked.blend = None
-        self._matcher.release(ticket, tiers)
+        self._matcher.release(ticket, tiers, num_waited=num_waited)
         if tracked.failed_at is not None:  # what was not there after all is worth storing
             num_chunks = min(ticket.reply.num_chunks, end // ticket.chunk_tokens)
             ticket.reply = msgspec.structs.replace(ticket.reply, num_chunks=num_chunks)
@@ -355,45 +373,3 @@ class SchedulerHalf:
                 elif blocks:
                     tracked.block_ids.extend(blocks[0])
                 tracked.computed_end = computed + scheduled[request_id]
-
-    def _stores(self, tracked: TrackedRequest, num_known_tokens: int) -> list[StoreOp]:
-        """Return ops for the chunks that are complete now and have not been handed over."""
-        ticket = tracked.ticket
-        if ticket is None or not ticket.done.is_set() or ticket.reply is None:
-            return []
-        exact_end = num_known_tokens if tracked.exact_end is None else tracked.exact_end
-        end_chunk = min(num_known_tokens, tracked.computed_end, exact_end) // ticket.chunk_tokens
-        if end_chunk <= tracked.next_chunk:
-            return []
-        first = max(tracked.next_chunk, ticket.reply.num_chunks)
-        tracked.next_chunk = max(end_chunk, first)
-        ops = []
-        for start in range(first, end_chunk, MAX_CHUNKS_PER_OP):
-            ops.append(self._store_op(tracked, start, min(start + MAX_CHUNKS_PER_OP, end_chunk)))
-        tracked.has_stores |= bool(ops)
-        return ops
-
-    def _store_op(self, tracked: TrackedRequest, first: int, end: int) -> StoreOp:
-        ticket, block_tokens = tracked.ticket, self._facts.block_tokens
-        assert ticket is not None
-        assert ticket.reply is not None
-        chunk_tokens = ticket.chunk_tokens
-        start_token, end_token = first * chunk_tokens, end * chunk_tokens
-        tokens = ticket.tokens[start_token * TOKEN_BYTES : end_token * TOKEN_BYTES]
-        if len(tokens) < (end_token - start_token) * TOKEN_BYTES:  # decoded since
-            tokens = tokens_to_bytes(tracked.request.all_token_ids[start_token:end_token])
-        keys = ticket.reply.keys
-        parent: bytes | None = None
-        if first * KEY_BYTES <= len(keys):
-            parent = keys[(first - 1) * KEY_BYTES : first * KEY_BYTES] if first else b""
-        return StoreOp(
-            request_id=tracked.id,
-            namespace=ticket.namespace,
-            salt=tracked.request.cache_salt or "",
-            parent=parent,
-            chunk_tokens=chunk_tokens,
-            position=first,
-            tokens=tokens,
-            extras=[(chunk - first, extra) for chunk, extra in ticket.extras if first <= chunk < end],
-            block_ids=tracked.block_ids[start_token // block_tokens : -(-end_token // block_tokens)],
-        )

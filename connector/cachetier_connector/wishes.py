@@ -15,6 +15,7 @@ class Wishes(NamedTuple):
         blend: reuse registered documents in the middle of the prompt.
         select: which reused tokens are computed again, one of `SELECTORS`.
         budget: share of the reused tokens that `query` chooses.
+        prefill: name of the engine that computes the prompt at the same time; empty: nobody is known to.
         document: id under which the prompt is to be registered as a document; empty: it is none.
         complaint: what is wrong with the parameters, for the log; empty: nothing.
     """
@@ -24,6 +25,7 @@ class Wishes(NamedTuple):
     blend: bool | None = None
     select: str | None = None
     budget: float | None = None
+    prefill: str = ""
     document: str = ""
     complaint: str = ""
 
@@ -51,6 +53,7 @@ _EXPECTED = {
     "blend": "true or false",
     "select": "one of " + ", ".join(SELECTORS),
     "budget": "a number between 0 and 1",
+    "prefill": "a name",
     "document": "a name",
 }
 
@@ -61,7 +64,7 @@ def _is_as_expected(name: str, value: Any) -> bool:
             return value in SELECTORS
         case "budget":
             return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-        case "document":
+        case "document" | "prefill":
             return isinstance(value, str) and bool(value)
         case _:
             return isinstance(value, bool)

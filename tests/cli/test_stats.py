@@ -73,10 +73,9 @@ def empty_stats() -> dict[str, Any]:
     counts |= {"requests": {"blended": 0}, "documents": 0, "blend": {"checked": 0, "agreed": 0, "kl": 0.0}}
     counts |= {"tokens_per_s": {"prefill": 0, "load": 0}, "disk_bytes_per_s": 0, "remote_bytes_per_s": 0}
     counts |= dict.fromkeys(("remote_available", "remote_failures", "remote_puts_dropped"), 0)
-    hit = dict.fromkeys(("gpu", "host", "disk", "remote"), 0)
-    tokens = {"queried": 0, "stored": 0, "hit": hit, "blend": {"loaded": 0, "computed": 0}}
+    hit, blend = dict.fromkeys(("gpu", "host", "disk", "remote"), 0), {"loaded": 0, "computed": 0}
     return {
-        "tokens": tokens,
+        "tokens": {"queried": 0, "stored": 0, "waited": 0, "hit": hit, "blend": blend},
         "bytes": {"gpu": tier, "host": tier, "disk": tier, "remote": {"put": 0, "got": 0}},
         **counts,
     }

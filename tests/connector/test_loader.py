@@ -16,6 +16,7 @@ from cachetier_blend.rotation import Rotary, rotate
 from cachetier_connector import loader as loader_module
 from cachetier_connector.copy_cpu import CpuLoadRun
 from cachetier_connector.loader import Loader
+from cachetier_connector.plan import HeldChunks
 from tests.connector.servers import (
     BLOCK,
     CHUNK,
@@ -102,6 +103,42 @@ def test_the_end_of_a_load_is_waited_for_and_nothing_when_none_is_under_way(tier
     assert 0.1 <= time.monotonic() - start < 4
     assert loading.loader.take_finished(wait_s=5) == set()
     assert time.monotonic() - start < 4
+    loading.loader.stop()
+
+
+@pytest.mark.parametrize("stored_as", ["whole", "halves"])
+@pytest.mark.parametrize("is_first_slow", [True, False])
+def test_a_load_in_pieces_has_ended_when_the_last_was_submitted_and_all_have_ended(tier, is_first_slow, stored_as):
+    tokens, blocks = tokens_of(32, 4 * CHUNK), blocks_for(4 * CHUNK, 1)
+    stored = tier.store(tokens, TILINGS[stored_as])
+    reply, loading = tier.match(tokens), Loading(tier)
+    slow = reply.frames[0 if is_first_slow else -1]
+    set_state(tier, slow, STATE_FILLING)
+    loading.loader.submit(replace(tier.load_op(reply, 0, 3 * CHUNK, blocks), is_last=False))
+    if not is_first_slow:
+        eventually(loading.loader.take_seconds)
+        assert loading.loader.take_finished(wait_s=0.05) == set()
+    loading.loader.submit(tier.load_op(reply, 3 * CHUNK, 4 * CHUNK, blocks))
+    time.sleep(0.05)
+    assert loading.loader.take_finished() == set()
+    set_state(tier, slow, STATE_READY)
+    assert eventually(loading.loader.take_finished) == {"r"}
+    assert loading.loader.take_bad_blocks() == set()
+    assert torch.equal(loading.blocks.rows(blocks, 0, 4 * CHUNK), stored)
+    assert loading.load(tier.load_op(reply, 0, CHUNK, blocks)) == set(), "the next load of the request is whole"
+    loading.loader.stop()
+
+
+def test_a_last_piece_without_chunks_fails_its_blocks_and_touches_none(tier):
+    tokens, blocks = tokens_of(33, 4 * CHUNK), blocks_for(4 * CHUNK, 1)
+    stored = tier.store(tokens)
+    reply, loading = tier.match(tokens), Loading(tier)
+    loading.loader.submit(replace(tier.load_op(reply, 0, 2 * CHUNK, blocks), is_last=False))
+    nothing = replace(tier.load_op(reply, 2 * CHUNK, 4 * CHUNK, blocks), chunks=HeldChunks(b"", b"", [], []))
+    assert loading.load(nothing) == set(blocks[2 * CHUNK // BLOCK :])
+    expected = loading.before.rows(blocks, 0, 4 * CHUNK).clone()
+    expected[:, :, : 2 * CHUNK] = stored[:, :, : 2 * CHUNK]
+    assert torch.equal(loading.blocks.rows(blocks, 0, 4 * CHUNK), expected)
     loading.loader.stop()
 
 

@@ -10,56 +10,13 @@ from msgspec.structs import replace
 
 from bench.gpu.profile import SCHEDULED
 from cachetier.client import Client
-from cachetier.core.config import ConnectorConfig
 from cachetier.core.engine_messages import SetRole
-from cachetier.core.layout import Shard
 from cachetier_connector import requests
 from cachetier_connector.break_even import Choice
-from cachetier_connector.facts import EngineFacts
 from cachetier_connector.plan import StepPlan, tokens_to_bytes
-from cachetier_connector.scheduler_half import SchedulerHalf
 from tests.connector.engines import FakeRequest, step_of
-from tests.connector.servers import BLOCK, CHUNK, LAYOUT, TIMEOUT_S, Tier, eventually, identity, stats_of, tokens_of
-
-
-class Scheduling:
-    """A scheduler half, and vLLM's part of the conversation with it."""
-
-    def __init__(self, tier: Tier, name: str, *, role: str = "both", device: str = "cpu", **settings) -> None:
-        facts = EngineFacts(
-            engine="e",
-            config=ConnectorConfig(server=f"unix:{tier.server.socket_path}", match_deadline_ms=5000, **settings),
-            name=name,
-            role=role,
-            block_tokens=BLOCK,
-            layout=LAYOUT,
-            tiling=[Shard(0, 2, 0, 2)],
-            device=device,
-            tensor_parallel=1,
-            pipeline_parallel=1,
-            pass_tokens_max=1024,
-            pass_runs_max=16,
-            blend_refusal="",
-        )
-        self.half = SchedulerHalf(facts, identity(name), lambda: tier.server.socket_path)
-        self.server = tier.server
-
-    def arrive(self, request: FakeRequest) -> int:
-        """Let `request` arrive; return how many tokens are found for it."""
-        self.half.on_new_request(request)
-        return self.ask(request)
-
-    def ask(self, request: FakeRequest, num_computed: int = 0) -> int:
-        tracked = self.half._requests.get(request.request_id)
-        if tracked is not None and tracked.ticket is not None:
-            eventually(lambda: self.half.get_num_new_matched_tokens(request, num_computed)[0] is not None)
-            eventually(tracked.ticket.done.is_set)
-        count, _ = self.half.get_num_new_matched_tokens(request, num_computed)
-        assert count is not None
-        return count
-
-    def leases(self) -> int:
-        return stats_of(self.server)["leases"]
+from tests.connector.scheduling import Scheduling
+from tests.connector.servers import CHUNK, TIMEOUT_S, eventually, stats_of, tokens_of
 
 
 @pytest.fixture
@@ -346,7 +303,7 @@ def test_the_role_bounds_what_requests_do(tier, request, role, loads, stores, is
     tier.store(tokens[: 2 * CHUNK])
     scheduling = Scheduling(tier, request.node.name, role="both" if is_changed else role)
     if is_changed:
-        name, client = request.node.name, Client(tier.server.socket_path)
+        name, client = scheduling.name, Client(tier.server.socket_path)
         eventually(lambda: client.call(SetRole(name=name, role=role), TIMEOUT_S).is_known)
         eventually(lambda: (scheduling.half._role.loads, scheduling.half._role.stores) == (loads, stores))
     asking = FakeRequest("r", tokens)

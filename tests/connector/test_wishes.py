@@ -21,13 +21,14 @@ def test_every_wish_is_heard():
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("lod", False, "load, store, blend, select, budget, document"),
+        ("lod", False, "load, store, blend, select, budget, prefill, document"),
         ("load", "no", "true or false"),
         ("blend", 1, "true or false"),
         ("select", "best", "none, link, query"),
         ("budget", 1.5, "between 0 and 1"),
         ("budget", True, "between 0 and 1"),
         ("document", "", "a name"),
+        ("prefill", 7, "a name"),
     ],
 )
 def test_a_mistake_is_named_with_what_is_allowed_and_what_is_clear_is_kept(name, value, allowed):

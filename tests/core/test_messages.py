@@ -18,6 +18,7 @@ from cachetier.core.keys import ModelIdentity
 from cachetier.core.layout import KVLayout, Shard
 from cachetier.core.message_base import Message
 from cachetier.core.pool_messages import PoolPart
+from cachetier.core.wait_messages import ChunkNews
 
 KEYS = st.binary(min_size=16, max_size=16)
 COUNTS = st.integers(0, 1 << 62)
@@ -70,6 +71,8 @@ BY_TYPE[list[DocumentRun]] = st.lists(any_message(DocumentRun), max_size=2)
 BY_TYPE[list[DocumentInfo]] = st.lists(any_message(DocumentInfo), max_size=2)
 BY_TYPE[list[Change]] = st.lists(st.builds(Change, key=KEYS, tier=COUNTS, tokens=KEYS, parent=KEYS), max_size=2)
 BY_TYPE[list[EngineInfo]] = st.lists(any_message(EngineInfo), max_size=2)
+BY_TYPE[messages.Wait | None] = st.none() | any_message(messages.Wait)
+BY_TYPE[list[ChunkNews]] = st.lists(any_message(ChunkNews), max_size=2)
 KINDS = [*REPLY_OF, *sorted(set(REPLY_OF.values()), key=lambda kind: kind.__name__)]
 
 

@@ -16,7 +16,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from cachetier.core.errors import ProtocolError
 from cachetier.core.layout import KVLayout, Shard
-from cachetier.core.messages import Invalidate, MatchReply, Renew
+from cachetier.core.messages import Invalidate, MatchReply, Renew, Wait
+from cachetier.core.wait_messages import AwaitChunks, EndPromise
 from cachetier.store.store import Store
 from tests.store.engines import MIB, Engine, Filled, keys_of, make_config, tokens_of
 
@@ -55,6 +56,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = Store(config, clock=lambda: self.now)
         self.engines: dict[str, Engine] = {}
         self.alive: dict[int, float] = {}  # lease -> when it expires
+        self.waits: list[MatchReply] = []  # the latest reply to each match that waits
+        self.promises: dict[str, list[int]] = defaultdict(list)
         for name in RANKS:
             self.connect(name)
 
@@ -115,6 +118,46 @@ class StoreMachine(RuleBasedStateMachine):
             return multiple()
         self.alive[reply.lease] = self.now + TTL_S
         return engine, reply
+
+    @rule(target=held, name=ENGINES, path=PATHS, for_promised=st.booleans())
+    def match_and_wait(self, name: str, path: tuple[int, ...], for_promised: bool) -> object:
+        engine, number = self.engines[name], len(self.waits) + 1
+        reply = engine.match(prompt_of(path), wait=Wait(number=number, for_promised=for_promised))
+        self.check(engine, reply)
+        assert bool(reply.lease) == bool(reply.num_chunks + reply.num_pending)
+        assert reply.num_chunks + reply.num_pending <= len(path)
+        self.waits.append(reply)
+        if not reply.lease:
+            return multiple()
+        self.alive[reply.lease] = self.now + TTL_S
+        return engine, reply
+
+    @rule(name=ENGINES)
+    def hear_news(self, name: str) -> None:
+        engine = self.engines[name]
+        for news in self.store.waiting.news(AwaitChunks(session=engine.sessions[0], within_s=0)).news:
+            before = self.waits[news.number - 1]
+            assert before.num_pending, "a wait goes on that was over"
+            assert news.match.num_chunks > before.num_chunks or not news.match.num_pending
+            assert news.match.lease == before.lease
+            assert before.lease in self.alive
+            self.check(engine, news.match)
+            assert news.match.frames[: len(before.frames)] == before.frames, "a leased chunk has moved"
+            self.waits[news.number - 1] = news.match
+
+    @rule(name=ENGINES, path=PATHS)
+    def promise(self, name: str, path: tuple[int, ...]) -> None:
+        reply = self.engines[name].match(prompt_of(path), lease=False, promise=True)
+        assert bool(reply.promise) == (reply.num_chunks < len(path))
+        self.promises[name].append(reply.promise)
+
+    @rule(name=ENGINES, num_chunks=st.integers(0, 5))
+    def end_promise(self, name: str, num_chunks: int) -> None:
+        promise = self.promises[name].pop() if self.promises[name] else 0
+        session = self.engines[name].sessions[0]
+        self.store.waiting.end_promise(
+            EndPromise(session=session, promise=promise, num_chunks=num_chunks, within_s=2.0)
+        )
 
     def check(self, engine: Engine, reply: MatchReply) -> None:
         assert all(engine.check(reply)), "a promotion failed though nothing is wrong with the disk"
@@ -206,6 +249,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.store._books.table.check_integrity()
             self.store._books.leases.check_integrity()
             self.store._storer.check_integrity()
+            self.store._books.promises.check_integrity()
+            self.store._books.waits.check_integrity(self.alive)
         stats = self.store.stats()
         assert stats.leases == len(self.alive)
         assert stats.bytes.host.used <= stats.bytes.host.limit
