@@ -6,7 +6,7 @@ from cachetier.core.engine_messages import AnnounceEngine
 from cachetier.core.errors import ProtocolError
 from cachetier.core.messages import RESERVE_DROPPED, TIER_DISK, TIER_HOST, Invalidate, MatchReply, Trim, Wait
 from cachetier.core.wait_messages import AWAIT_MAX_S, AwaitChunks, EndPromise
-from cachetier.store.matching import PROMISE_GRACE_S
+from cachetier.store.pending import PROMISE_GRACE_S
 from cachetier.store.promises import PROMISE_TTL_S
 from tests.store.chunks import BIG, CHUNK_TOKENS
 from tests.store.engines import Engine, tokens_of
