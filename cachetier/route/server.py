@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import ipaddress
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
 
@@ -58,17 +58,15 @@ class RouterConfig:
         return self.listen.rpartition(":")[0].strip("[]")
 
 
-async def run(config: RouterConfig, on_ready: Callable[[str, list[Engine]], None]) -> None:
-    """Route until SIGTERM or SIGINT; then take no more requests and let those under way end.
+@contextlib.asynccontextmanager
+async def routing(config: RouterConfig) -> AsyncIterator[tuple[str, Fleet]]:
+    """Route within this context; yield the router's URL and its engines.
 
-    `on_ready` is called once with the router's URL and the engines that it knows.
+    At the end, take no more requests and let those under way end, for `drain_s` at most.
 
     Raises:
         ConfigError: the port cannot be used.
     """
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     fleet = Fleet(config.registrations)
     metrics = RouteMetrics(fleet)
     async with Upstream(passes_authorization=not config.token) as upstream:
@@ -81,14 +79,27 @@ async def run(config: RouterConfig, on_ready: Callable[[str, list[Engine]], None
         try:
             await watch.first_look()
             url = await _listen(runner, config)
-            on_ready(url, fleet.engines)
             watching = asyncio.create_task(watch.run())
-            await stopping.wait()
+            yield url, fleet
             watching.cancel()
         finally:
             await runner.cleanup()
             await prefills.close()
             await watch.close()
+
+
+async def run(config: RouterConfig, on_ready: Callable[[str, list[Engine]], None]) -> None:
+    """Route until SIGTERM or SIGINT; call `on_ready` once, with the router's URL and the engines that it knows.
+
+    Raises:
+        ConfigError: the port cannot be used.
+    """
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    async with routing(config) as (url, fleet):
+        on_ready(url, fleet.engines)
+        await stopping.wait()
 
 
 async def _listen(runner: web.AppRunner, config: RouterConfig) -> str:
