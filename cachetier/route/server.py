@@ -47,7 +47,8 @@ class RouterConfig:
     drain_s: float = 30.0
 
     def __post_init__(self) -> None:
-        if not self.host or not self.listen.rpartition(":")[2].isdigit():
+        port = self.listen.rpartition(":")[2]
+        if not self.host or not port.isdecimal() or int(port) > 65535:
             raise ConfigError(f"listen is {self.listen!r}; write HOST:PORT")
         if not self.token and not _is_loopback(self.host):
             raise ConfigError("listening beyond the loopback needs a token file: others could use the engines")
@@ -106,7 +107,7 @@ async def _listen(runner: web.AppRunner, config: RouterConfig) -> str:
     port = int(config.listen.rpartition(":")[2])
     try:
         await web.TCPSite(runner, config.host, port, backlog=BACKLOG).start()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot listen on {config.listen}: {error}") from error
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http://{host}:{runner.addresses[0][1]}"
