@@ -80,7 +80,7 @@ class Engine:
         name, url, role: see `Registration`.
         namespace: whose KV it stores and loads, by the server's word; empty: nobody said.
         is_given: a person registered it; others go when neither the server lists them nor do they answer.
-        is_up: it answered its last health check, and has refused no connection since.
+        is_up: it answered its last health check.
         models: names that it serves.
         models_due_s: when to ask for them again, on the loop's clock.
         num_waiting: requests in its queue, as it said last.

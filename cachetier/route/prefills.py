@@ -8,7 +8,6 @@ import asyncio
 import logging
 import time
 
-import aiohttp
 from multidict import CIMultiDict
 
 from cachetier.route.engine import Engine
@@ -59,7 +58,7 @@ class Prefills:
                         trouble = f"it says {reply.status}"
             except Failures as error:
                 trouble = str(error) or type(error).__name__
-                self._watch.failed(producer, was_refused=isinstance(error, aiohttp.ClientConnectorError))
+                self._watch.look(producer)
         if trouble:
             self._metrics.failures.labels(producer.name, PREFILL).inc()
             log.warning("engine %s did not prefill a prompt, its consumer will: %s", producer.name, trouble)

@@ -111,7 +111,7 @@ class Proxy:
             try:
                 reply, first = await self._begin(trip, consumer, body)
             except Failures as error:
-                self._watch.failed(consumer, was_refused=isinstance(error, aiohttp.ClientConnectorError))
+                self._watch.look(consumer)
                 self._count_failure(consumer, str(error) or type(error).__name__)
                 return None
             try:
@@ -135,7 +135,7 @@ class Proxy:
 
     def _relayed(self, trip: _Trip, consumer: Engine, relayed: Relayed) -> web.StreamResponse:
         if relayed.trouble:
-            self._watch.failed(consumer, was_refused=False)
+            self._watch.look(consumer)
             self._count_failure(consumer, f"in the middle of an answer: {relayed.trouble}")
         else:
             self._metrics.seconds.labels(DECODE).observe(time.monotonic() - trip.started_s)

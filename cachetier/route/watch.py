@@ -1,8 +1,8 @@
 """Keeps the fleet true: looks at every engine once a second, and asks the server who is there and in which role.
 
 On the event loop, but for the question to the server, whose client blocks and has a thread lent for it. Each engine is
-looked at on its own: one that hangs delays the sight of no other. Who refuses a connection is out at once, also between
-two looks; who answers its health check again is back.
+looked at on its own: one that hangs delays the sight of no other. After a failed request it is looked at at once, so
+that one that is gone is out within milliseconds; who answers its health check again is back.
 """
 
 import asyncio
@@ -59,12 +59,6 @@ class Watch:
             task = self._looks[engine] = asyncio.create_task(self._look(engine))
             task.add_done_callback(lambda _: self._looks.pop(engine))
         return task
-
-    def failed(self, engine: Engine, *, was_refused: bool) -> None:
-        """Hear that a request to an engine failed."""
-        if was_refused:
-            _set_up(engine, False, "it refused a connection")
-        self.look(engine)
 
     async def close(self) -> None:
         """Stop what is under way."""

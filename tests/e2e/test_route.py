@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cachetier.cli.main import main
-from tests.e2e.harness import MODEL, Server, assert_same_answers, logprob_distance, running
+from tests.e2e.harness import MODEL, Server, assert_same_answers, running
 from tests.e2e.openai_servers import OpenAIClient, OpenAIServer, Router
 from tests.e2e.stand import NOISE, PLAIN, loadable, prompt_of, storable
 
@@ -238,7 +238,7 @@ def other_weights(folder: Path) -> Path:
     shutil.copytree(MODEL, folder)
     weights = load_file(folder / "model.safetensors")
     torch.manual_seed(0)
-    changed = {name: value + 0.2 * value.float().std() * torch.randn(value.shape) for name, value in weights.items()}
+    changed = {name: value + 0.3 * value.float().std() * torch.randn(value.shape) for name, value in weights.items()}
     same_type = {name: value.to(weights[name].dtype).contiguous() for name, value in changed.items()}
     save_file(same_type, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -256,7 +256,8 @@ def test_an_upgrade_under_load_mixes_no_weights(stand):
     prompts = [prompt_of(670 + n, 300) for n in range(20)]
     expected = {"old": stand.plain(prompts, old_consumer), "new": stand.plain(prompts, new[1])}
     for one, other in zip(*expected.values(), strict=True):
-        assert logprob_distance([one.tokens], [other.tokens]) > 5 * NOISE, "the weights should tell"
+        with pytest.raises(AssertionError):  # or a mixture could not be told from either
+            assert_same([one], [other])
 
     def call(method: str, path: str, body: object = None) -> None:
         status, text, _ = stand.router.exchange(method, path, body)

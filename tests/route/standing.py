@@ -128,8 +128,8 @@ class StandIn:
         )
 
     async def _half(self, request: web.Request) -> web.StreamResponse:
-        """Promise 100 bytes, and hang up after 5."""
-        response = web.StreamResponse(headers={"Content-Length": "100"})
+        """Hang up in the middle of a body whose length nobody was told."""
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
         await response.write(b"[1, 2")
         await asyncio.sleep(0.02)

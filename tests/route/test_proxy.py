@@ -6,6 +6,7 @@ import json
 import aiohttp
 import pytest
 
+from cachetier.route import watch
 from tests.route.standing import LONG, SHORT, StandIn, eventually, in_loop, standing
 
 STREAM = {"stream": True}
@@ -143,9 +144,29 @@ async def test_a_consumer_that_fails_before_it_answers_is_replaced_by_another_on
         assert len(good.requests) == 2
         assert good.wishes() == {"prefill": "p"}
         assert len(producer.requests) == 2, "one prefill a request, however often it is sent to consumers"
-        assert router.is_up("bad") == (how != "down"), "who refuses a connection is out at once"
         num_failed = await router.metric('cachetier_route_failures_total{engine="bad",work="decode"}')
         assert num_failed == await router.metric("cachetier_route_retries_total") >= 1
+
+
+@in_loop
+async def test_an_engine_that_failed_is_looked_at_at_once() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "INTERVAL_S", 1000.0)
+        async with standing(StandIn("good"), bad := StandIn("bad"), producer := StandIn("p", "producer")) as router:
+            await bad.stop()
+            await producer.stop()
+            answers = [await router.ask(f"{number} {LONG}") for number in range(2)]
+            assert [answer.text for answer in answers] == ["good"] * 2
+            await eventually(lambda: not router.is_up("bad") and not router.is_up("p"))
+
+
+@in_loop
+async def test_a_producer_that_a_request_names_and_nobody_can_load_from_is_left_alone() -> None:
+    producer, consumer = StandIn("p", "producer", models=("small", "large")), StandIn("c")
+    async with standing(producer, consumer) as router:
+        answer = await router.ask(kv_transfer_params={"cachetier": {"prefill": "p"}})
+        assert (answer.text, answer.producer) == ("c", "")
+        assert producer.requests == []
 
 
 @in_loop
