@@ -93,6 +93,7 @@ def _public(engine: Engine) -> dict[str, Any]:
         "role": engine.role,
         "url": engine.url,
         "is_up": engine.is_up,
+        "trouble": engine.trouble,
         "models": list(engine.models),
         "namespace": engine.namespace.hex(),
         "waiting": engine.num_waiting,

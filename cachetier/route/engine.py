@@ -12,6 +12,7 @@ from yarl import URL
 from cachetier.core.engine_messages import CONSUMER, ENGINE_NAME_MAX, ENGINE_URL_MAX, ROLES
 from cachetier.core.errors import ConfigError
 
+UNSEEN = "it was not looked at yet"
 # A request of others, whose prompt the router has not seen, counts as one of so many tokens.
 PROMPT_TOKENS_TYPICAL = 1024
 # A request that waits in its engine's queue says that the engine has no room, which weighs more than one that runs.
@@ -80,7 +81,7 @@ class Engine:
         name, url, role: see `Registration`.
         namespace: whose KV it stores and loads, by the server's word; empty: nobody said.
         is_given: a person registered it; others go when neither the server lists them nor do they answer.
-        is_up: it answered its last health check.
+        trouble: what was wrong with it when it was looked at last; empty: nothing, it is up.
         models: names that it serves.
         models_due_s: when to ask for them again, on the loop's clock.
         num_waiting: requests in its queue, as it said last.
@@ -96,7 +97,7 @@ class Engine:
     role: str
     namespace: bytes = b""
     is_given: bool = False
-    is_up: bool = False
+    trouble: str = UNSEEN
     models: tuple[str, ...] = ()
     models_due_s: float = 0.0
     num_waiting: int = 0
@@ -105,6 +106,11 @@ class Engine:
     num_in_flight: int = 0
     prompt_tokens_in_flight: int = 0
     chosen_at: int = 0
+
+    @property
+    def is_up(self) -> bool:
+        """Whether requests can go to it."""
+        return not self.trouble
 
     @property
     def can_store(self) -> bool:

@@ -14,7 +14,7 @@ import msgspec
 from cachetier.client.client import Client
 from cachetier.core.engine_messages import ListEngines
 from cachetier.core.errors import CachetierError
-from cachetier.route.engine import Engine
+from cachetier.route.engine import UNSEEN, Engine
 from cachetier.route.fleet import Fleet
 from cachetier.route.upstream import Failures, Upstream
 
@@ -75,7 +75,7 @@ class Watch:
                 trouble = await self._examine(engine)
         except (*Failures, ValueError) as error:  # the last: numbers that are none
             trouble = str(error) or type(error).__name__
-        _set_up(engine, not trouble, trouble)
+        _note(engine, trouble)
 
     async def _examine(self, engine: Engine) -> str:
         """Take over what the engine says of itself; return what is wrong with it, or nothing."""
@@ -106,12 +106,12 @@ class Watch:
         self._fleet.update(reply.engines)
 
 
-def _set_up(engine: Engine, is_up: bool, trouble: str) -> None:
-    if is_up and not engine.is_up:
+def _note(engine: Engine, trouble: str) -> None:
+    if not trouble and not engine.is_up:
         log.info("engine %s is up, a %s that serves %s", engine.name, engine.role, ", ".join(engine.models))
-    elif engine.is_up and not is_up:
+    elif trouble and engine.trouble in ("", UNSEEN):
         log.warning("engine %s is out: %s", engine.name, trouble)
-    engine.is_up = is_up
+    engine.trouble = trouble
 
 
 class _Model(msgspec.Struct, frozen=True):

@@ -19,6 +19,14 @@ async def test_engines_are_added_listed_and_removed() -> None:
             shown = await reply.json()
         assert (shown["name"], shown["role"], shown["url"]) == ("second", "producer", second.url)
         assert (shown["is_up"], shown["models"], shown["kv_usage"]) == (True, ["small"], 0.25)
+        for url, words in ((first.url + "/nowhere", "serves no model"), ("http://127.0.0.1:1", "annot connect")):
+            sick = {"name": "sick", "role": "both", "url": url}
+            async with router.http.post(router.url + "/engines", json=sick) as reply:
+                shown = await reply.json()
+            assert not shown["is_up"]
+            assert words in shown["trouble"]
+        async with router.http.delete(router.url + "/engines/sick") as reply:
+            assert reply.status == 200
         async with router.http.get(router.url + "/engines") as reply:
             assert [engine["name"] for engine in await reply.json()] == ["first", "second"]
         assert (await router.ask()).producer == "second"

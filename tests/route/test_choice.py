@@ -16,7 +16,7 @@ OLD, NEW = b"o" * 16, b"n" * 16
 
 
 def engine(name: str, role: str = "consumer", namespace: bytes = OLD, **changes: object) -> Engine:
-    fields = {"is_up": True, "models": ("small",)} | changes
+    fields = {"trouble": "", "models": ("small",)} | changes
     return Engine(name, "http://host", role, namespace, **fields)
 
 
@@ -25,7 +25,12 @@ def name_of(chosen: Engine | None) -> str:
 
 
 def test_only_who_is_up_and_serves_the_model_is_asked() -> None:
-    engines = [engine("a"), engine("b", is_up=False), engine("c", models=("large", "small")), engine("d", models=())]
+    engines = [
+        engine("a"),
+        engine("b", trouble="it is down"),
+        engine("c", models=("large", "small")),
+        engine("d", models=()),
+    ]
     assert [each.name for each in serving(engines, "small")] == ["a", "c"]
     assert [each.name for each in serving(engines, "large")] == ["c"]
     assert [each.name for each in serving(engines, None)] == ["a", "c", "d"]

@@ -42,12 +42,12 @@ def test_an_unlisted_engine_stays_for_as_long_as_it_answers() -> None:
     fleet = Fleet([Registration("given", "both", URL)])
     fleet.update([info("given"), info("listed", url="http://b:1")])
     for engine in fleet.engines:
-        engine.is_up = True
+        engine.trouble = ""
     fleet.update([])
     assert [each[0] for each in seen(fleet)] == ["given", "listed"]
     assert {each[3] for each in seen(fleet)} == {b"n"}
     for engine in fleet.engines:
-        engine.is_up = False
+        engine.trouble = "it is down"
     fleet.update([])
     assert seen(fleet) == [("given", "both", URL, b"")], "what comes back may have other weights"
 
@@ -68,7 +68,7 @@ def test_an_engine_that_moved_is_another_one() -> None:
     fleet = Fleet([Registration("given", "both", URL)])
     fleet.update([info("listed")])
     for engine in fleet.engines:
-        engine.is_up = True
+        engine.trouble = ""
     fleet.update([info("listed", url="http://new:1")])
     fleet.put(Registration("given", "both", "http://new:2"))
     assert [engine.is_up for engine in fleet.engines] == [False, False]
