@@ -82,9 +82,11 @@ class App:
         return web.Response(body=self._metrics.exposition(), headers={"Content-Type": self._metrics.content_type})
 
     async def _list_models(self, _: web.Request) -> web.Response:
-        names = dict.fromkeys(name for engine in self._fleet.engines if engine.is_up for name in engine.models)
-        cards = [{"id": name, "object": "model", "created": 0, "owned_by": "cachetier"} for name in names]
-        return web.json_response({"object": "list", "data": cards})
+        cards: dict[str, Any] = {}
+        for engine in self._fleet.engines:
+            for name, card in engine.models.items() if engine.is_up else ():
+                cards.setdefault(name, card)
+        return web.json_response({"object": "list", "data": list(cards.values())})
 
 
 def _public(engine: Engine) -> dict[str, Any]:

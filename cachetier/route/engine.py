@@ -4,8 +4,9 @@ On the event loop's thread, all of it.
 """
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from yarl import URL
 
@@ -82,7 +83,7 @@ class Engine:
         namespace: whose KV it stores and loads, by the server's word; empty: nobody said.
         is_given: a person registered it; others go when neither the server lists them nor do they answer.
         trouble: what was wrong with it when it was looked at last; empty: nothing, it is up.
-        models: names that it serves.
+        models: what it serves: its cards of /v1/models, by name.
         models_due_s: when to ask for them again, on the loop's clock.
         num_waiting: requests in its queue, as it said last.
         num_others: requests that it had then and that were not this router's.
@@ -98,7 +99,7 @@ class Engine:
     namespace: bytes = b""
     is_given: bool = False
     trouble: str = UNSEEN
-    models: tuple[str, ...] = ()
+    models: Mapping[str, Any] = field(default_factory=dict)
     models_due_s: float = 0.0
     num_waiting: int = 0
     num_others: int = 0

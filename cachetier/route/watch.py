@@ -8,6 +8,7 @@ that one that is gone is out within milliseconds; who answers its health check a
 import asyncio
 import logging
 import time
+from typing import Any
 
 import msgspec
 
@@ -114,20 +115,16 @@ def _note(engine: Engine, trouble: str) -> None:
     engine.trouble = trouble
 
 
-class _Model(msgspec.Struct, frozen=True):
-    id: str
-
-
 class _Models(msgspec.Struct, frozen=True):
-    data: list[_Model]
+    data: list[dict[str, Any]]
 
 
-def models_of(body: bytes) -> tuple[str, ...]:
-    """Return the names in an answer of /v1/models, the base model's first; none if it is something else."""
+def models_of(body: bytes) -> dict[str, Any]:
+    """Return the cards in an answer of /v1/models by name, the base model's first; none if it is something else."""
     try:
-        return tuple(model.id for model in msgspec.json.decode(body, type=_Models).data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return ()
+        return {str(card["id"]): card for card in msgspec.json.decode(body, type=_Models).data}
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
+        return {}
 
 
 def load_of(exposition: bytes) -> tuple[int, int, float]:

@@ -119,7 +119,9 @@ class StandIn:
         return web.Response(text="\n".join(lines))
 
     async def _list_models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": name} for name in self.models]})
+        return web.json_response(
+            {"object": "list", "data": [{"id": name, "max_model_len": 4096} for name in self.models]}
+        )
 
     async def _echo(self, request: web.Request) -> web.Response:
         body = await request.text()

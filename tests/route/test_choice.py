@@ -17,6 +17,7 @@ OLD, NEW = b"o" * 16, b"n" * 16
 
 def engine(name: str, role: str = "consumer", namespace: bytes = OLD, **changes: object) -> Engine:
     fields = {"trouble": "", "models": ("small",)} | changes
+    fields["models"] = dict.fromkeys(fields["models"])
     return Engine(name, "http://host", role, namespace, **fields)
 
 

@@ -74,6 +74,13 @@ async def test_what_is_not_worth_a_hand_over_or_forbids_it_goes_to_the_consumer_
 
 
 @in_loop
+async def test_a_document_goes_to_an_engine_that_stores() -> None:
+    async with standing(*pair()) as router:
+        answer = await router.ask(kv_transfer_params={"cachetier": {"document": "d"}})
+        assert (answer.consumer, answer.producer) == ("p", "")
+
+
+@in_loop
 async def test_token_ids_are_counted_exactly() -> None:
     producer, consumer = pair()
     async with standing(producer, consumer) as router:

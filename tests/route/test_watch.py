@@ -35,7 +35,7 @@ vllm:kv_cache_usage_perc{engine="1"} 0.75
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"data": [{}]}'])
 def test_what_is_no_list_of_models_names_none(body: bytes) -> None:
-    assert models_of(body) == ()
+    assert models_of(body) == {}
 
 
 @in_loop
