@@ -1,10 +1,9 @@
-"""`cachetier route` as a process: what it says, whom it lets listen, and how it ends."""
+"""The router as a process: what it says, and how it ends."""
 
 import asyncio
 import http.client
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import aiohttp
 import pytest
 
 from tests.route.standing import SHORT, StandIn, in_loop
-from tests.service.running import environment, run_cli
+from tests.service.running import environment
 
 
 async def start(*options: str) -> tuple[asyncio.subprocess.Process, str]:
@@ -69,31 +68,6 @@ async def test_it_does_not_wait_for_answers_longer_than_it_may() -> None:
             await asked
     assert engine.num_aborted == 1
     await engine.stop()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--listen", "0.0.0.0:0"], "needs a token file"),
-        (["--listen", "8000"], "write HOST:PORT"),
-        (["--listen", "localhost:65536"], "write HOST:PORT"),
-        (["--listen", "127.0.0.1:0", "--engine", "x"], "NAME=ROLE@http://HOST:PORT"),
-        (["--listen", "127.0.0.1:0", "--token-file", "/nowhere/token"], "token_file"),
-        (["--listen", "127.0.0.1:0", "--min-prefill-tokens", "-1"], "not a whole number"),
-    ],
-)
-def test_what_cannot_be_is_a_mistake_in_usage(options: list[str], words: str) -> None:
-    done = run_cli("route", *options)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_port_that_is_taken_is_named() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = run_cli("route", "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "cannot listen on 127.0.0.1:" in done.stderr
 
 
 @in_loop
