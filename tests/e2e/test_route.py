@@ -244,6 +244,27 @@ def other_weights(folder: Path) -> Path:
     return folder
 
 
+def telling(stand: RoutedStand, old: OpenAIServer, new: OpenAIServer) -> tuple[list[dict], dict[str, list[Answer]]]:
+    """Return 20 prompts that `old` and `new` answer so differently that the comparison tells, and their plain answers.
+
+    They are shorter than what the router remembers the beginnings of, so that it sends them to either in turn.
+    """
+    prompts: list[dict] = []
+    expected: dict[str, list[Answer]] = {"old": [], "new": []}
+    for number in range(60):
+        prompt = prompt_of(700 + number, 250)
+        [one], [other] = stand.plain([prompt], old), stand.plain([prompt], new)
+        try:
+            assert_same([one], [other])
+        except AssertionError:
+            prompts.append(prompt)
+            expected["old"].append(one)
+            expected["new"].append(other)
+        if len(prompts) == 20:
+            return prompts, expected
+    raise AssertionError(f"only {len(prompts)} of 60 prompts tell the weights apart")
+
+
 def test_an_upgrade_under_load_mixes_no_weights(stand):
     """Of 200 requests the first come before the new engines are added, the last after the old ones were taken out."""
     replacement = stand.folder / "replacement"
@@ -253,11 +274,7 @@ def test_an_upgrade_under_load_mixes_no_weights(stand):
     new = [stand.start("p3", "producer", url=""), stand.start("c3", "consumer", url="")]
     for engine in new:
         engine.wait_until_healthy()
-    prompts = [prompt_of(670 + n, 300) for n in range(20)]
-    expected = {"old": stand.plain(prompts, old_consumer), "new": stand.plain(prompts, new[1])}
-    for one, other in zip(*expected.values(), strict=True):
-        with pytest.raises(AssertionError):  # or a mixture could not be told from either
-            assert_same([one], [other])
+    prompts, expected = telling(stand, old_consumer, new[1])
 
     def call(method: str, path: str, body: object = None) -> None:
         status, text, _ = stand.router.exchange(method, path, body)
@@ -278,6 +295,7 @@ def test_an_upgrade_under_load_mixes_no_weights(stand):
     for number, answer in enumerate(answers):
         assert_same([answer], [expected[ages[answer.consumer]][number % len(prompts)]])
     assert {each.consumer for each in answers[:50]} == {old_consumer.name}
+    assert {each.consumer for each in answers[70:130]} == {old_consumer.name, "c3"}
     assert {each.consumer for each in answers[-50:]} == {"c3"}
     pairs = {(each.producer, each.consumer) for each in answers if each.producer}
     assert pairs == {("p2", old_consumer.name), ("p3", "c3")}
