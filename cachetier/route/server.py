@@ -81,8 +81,10 @@ async def routing(config: RouterConfig) -> AsyncIterator[tuple[str, Fleet]]:
             await watch.first_look()
             url = await _listen(runner, config)
             watching = asyncio.create_task(watch.run())
-            yield url, fleet
-            watching.cancel()
+            try:
+                yield url, fleet
+            finally:
+                watching.cancel()
         finally:
             await runner.cleanup()
             await prefills.close()
