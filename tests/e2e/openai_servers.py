@@ -71,9 +71,14 @@ class OpenAIServer(OpenAIClient):
         name: str = "vllm",
         role: str = "kv_both",
         model: Path = MODEL,
+        is_alone: bool = True,
         **settings: object,
     ) -> None:
-        """Start it; `settings` are the connector's, `arguments` are vLLM's. `wait_until_healthy` before it is used."""
+        """Start it; `settings` are the connector's, `arguments` are vLLM's. `wait_until_healthy` before it is used.
+
+        One that is not alone computes with one thread: threads that wait for each other while another engine has
+        their core make every step ten times as long.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -91,6 +96,8 @@ class OpenAIServer(OpenAIClient):
             *("--kv-transfer-config", json.dumps(connector), "--no-enable-prefix-caching", *arguments),
         ]
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        if not is_alone:
+            environment |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         self.log = folder / f"{name}.log"
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(

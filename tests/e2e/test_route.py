@@ -78,7 +78,7 @@ class RoutedStand:
     def start(self, name: str, role: str, **settings: object) -> OpenAIServer:
         """Start an engine, and wait for nothing."""
         engine = OpenAIServer(
-            self.folder, self.server, *VLLM, name=name, role=f"kv_{role}", model=self.model, **settings
+            self.folder, self.server, *VLLM, name=name, role=f"kv_{role}", model=self.model, is_alone=False, **settings
         )
         self.engines[name] = engine
         return engine
