@@ -19,7 +19,7 @@ class RouteMetrics:
         requests: requests sent to an engine, by engine and work.
         failures: those that it did not answer or broke off.
         retries: requests that were sent to another engine because one failed before its answer began.
-        gone: requests whose client went away before the end.
+        gone: requests whose client went away before the answer began.
         first_byte_s: seconds from a request's arrival to the first bytes of its answer.
         seconds: seconds that a request's answer, or a prefill, took.
     """
@@ -32,7 +32,9 @@ class RouteMetrics:
         self.requests = Counter("cachetier_route_requests", "Requests sent to an engine.", by, registry=registry)
         self.failures = Counter("cachetier_route_failures", "Of these, those that failed.", by, registry=registry)
         self.retries = Counter("cachetier_route_retries", "Requests sent to another engine.", registry=registry)
-        self.gone = Counter("cachetier_route_gone", "Requests whose client went away.", registry=registry)
+        self.gone = Counter(
+            "cachetier_route_gone", "Requests whose client did not wait for an answer.", registry=registry
+        )
         self.first_byte_s = Histogram(
             "cachetier_route_first_byte_seconds",
             "From a request's arrival to the first bytes of its answer.",

@@ -1,14 +1,17 @@
 """One request's way through the router: to a producer and a consumer at the same time, and the answer back.
 
-On the event loop's thread. The client's going away cancels the handler, which closes the connections to the engines, on
-which these abort the request. A producer's failure is no failure of the request: the consumer computes what it does not
-find. A consumer's is one only when a part of the answer was passed on, or when no other consumer is left.
+On the event loop's thread. The client's going away cancels the handler, which closes the connection to the consumer
+and, before the answer has begun, to the producer, on which these abort the request. A producer's failure is no failure of
+the request: the consumer computes what it does not find. A consumer's is one only when a part of the answer was passed
+on, or when no other consumer is left.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import aiohttp
 from aiohttp import web
@@ -21,7 +24,7 @@ from cachetier.route.metrics import DECODE, RouteMetrics
 from cachetier.route.openai_error import error_response
 from cachetier.route.openai_request import OpenAIRequest, read_request
 from cachetier.route.prefills import Prefills
-from cachetier.route.relay import Relayed, relay
+from cachetier.route.relay import relay
 from cachetier.route.upstream import Failures, Upstream
 from cachetier.route.watch import Watch
 
@@ -42,6 +45,15 @@ class _Trip:
     headers: CIMultiDict[str]
     started_s: float
     producer: Engine | None = None
+
+
+class _Begun(NamedTuple):
+    """An answer that has begun: whose, the first bytes of its body (none if that is empty), and headers to add."""
+
+    consumer: Engine
+    reply: aiohttp.ClientResponse
+    first: bytes
+    headers: dict[str, str]
 
 
 class Proxy:
@@ -75,31 +87,33 @@ class Proxy:
             self._dispatch.note_producer(asked, producer)
             prefill = self._prefills.start(producer, path, asked, headers)
         try:
-            return await self._answer(trip, consumer)
-        except (asyncio.CancelledError, ConnectionError):
+            begun = await self._begin(trip, consumer)
+        except asyncio.CancelledError:
             self._metrics.gone.inc()
             if prefill is not None:
                 prefill.cancel()
             raise
+        # From here on the consumer has the whole prompt, and the producer may finish what the tier is to keep. Nor
+        # could a client that goes away be told from one that hangs up because it has all it wanted.
+        return begun if isinstance(begun, web.StreamResponse) else await self._pass_on(trip, begun)
 
-    async def _answer(self, trip: _Trip, consumer: Engine | None) -> web.StreamResponse:
-        """Have `consumer` answer, or another one as long as nothing was passed on, each once."""
+    async def _begin(self, trip: _Trip, consumer: Engine | None) -> _Begun | web.StreamResponse:
+        """Have `consumer` answer, or another one if it cannot, each once; return an error if all have failed."""
         tried: list[Engine] = []
         while consumer is not None:
             self._metrics.retries.inc(bool(tried))
             tried.append(consumer)
             has_others = self._dispatch.consumer(trip.asked, trip.producer, tried) is not None
-            response = await self._try(trip, consumer, has_others)
-            if response is not None:
-                return response
+            begun = await self._try(trip, consumer, has_others)
+            if begun is not None:
+                return begun
             consumer = self._dispatch.consumer(trip.asked, trip.producer, tried)
         names = ", ".join(engine.name for engine in tried)
-        return error_response(
-            503, f"{names} failed before the answer began, and no other engine is left", {"Retry-After": "1"}
-        )
+        text = f"{names} failed before the answer began, and no other engine is left"
+        return error_response(503, text, {"Retry-After": "1"})
 
-    async def _try(self, trip: _Trip, consumer: Engine, has_others: bool) -> web.StreamResponse | None:
-        """Have `consumer` answer; None: it failed before any byte of the answer was passed on."""
+    async def _try(self, trip: _Trip, consumer: Engine, has_others: bool) -> _Begun | None:
+        """Have `consumer` answer; None: it failed before the answer began."""
         self._dispatch.note_consumer(trip.asked, consumer)
         self._metrics.requests.labels(consumer.name, DECODE).inc()
         headers = {CONSUMER_HEADER: consumer.name}
@@ -109,23 +123,20 @@ class Proxy:
         body = trip.asked.for_consumer(headers.get(PRODUCER_HEADER, ""))
         with consumer.busy(trip.asked.num_tokens):
             try:
-                reply, first = await self._begin(trip, consumer, body)
+                reply, first = await self._send(trip, consumer, body)
             except Failures as error:
                 self._watch.look(consumer)
                 self._count_failure(consumer, str(error) or type(error).__name__)
                 return None
-            try:
-                if reply.status in UNAVAILABLE and has_others:
-                    self._count_failure(consumer, f"it says {reply.status}")
-                    return None
-                self._metrics.first_byte_s.observe(time.monotonic() - trip.started_s)
-                relayed = await relay(trip.request, reply, first, headers)
-            finally:
-                reply.close()
-        return self._relayed(trip, consumer, relayed)
+        if reply.status in UNAVAILABLE and has_others:
+            reply.close()
+            self._count_failure(consumer, f"it says {reply.status}")
+            return None
+        self._metrics.first_byte_s.observe(time.monotonic() - trip.started_s)
+        return _Begun(consumer, reply, first, headers)
 
-    async def _begin(self, trip: _Trip, consumer: Engine, body: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
-        """Return the beginning of an answer and the first bytes of its body; none if it is empty."""
+    async def _send(self, trip: _Trip, consumer: Engine, body: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Return the beginning of an answer and the first bytes of its body."""
         reply = await self._upstream.send(consumer, trip.request.method, trip.path, body, trip.headers)
         try:
             return reply, await reply.content.readany()
@@ -133,10 +144,12 @@ class Proxy:
             reply.close()
             raise
 
-    def _relayed(self, trip: _Trip, consumer: Engine, relayed: Relayed) -> web.StreamResponse:
+    async def _pass_on(self, trip: _Trip, begun: _Begun) -> web.StreamResponse:
+        with begun.consumer.busy(trip.asked.num_tokens), contextlib.closing(begun.reply):
+            relayed = await relay(trip.request, begun.reply, begun.first, begun.headers)
         if relayed.trouble:
-            self._watch.look(consumer)
-            self._count_failure(consumer, f"in the middle of an answer: {relayed.trouble}")
+            self._watch.look(begun.consumer)
+            self._count_failure(begun.consumer, f"in the middle of an answer: {relayed.trouble}")
         else:
             self._metrics.seconds.labels(DECODE).observe(time.monotonic() - trip.started_s)
         return relayed.response

@@ -76,8 +76,8 @@ class OpenAIServer(OpenAIClient):
     ) -> None:
         """Start it; `settings` are the connector's, `arguments` are vLLM's. `wait_until_healthy` before it is used.
 
-        One that is not alone computes with one thread: threads that wait for each other while another engine has
-        their core make every step ten times as long.
+        One that is not alone computes with one thread: several would wait for each other, at every layer, while other
+        engines have their cores.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
