@@ -1,9 +1,9 @@
 """One request's way through the router: to a producer and a consumer at the same time, and the answer back.
 
 On the event loop's thread. The client's going away cancels the handler, which closes the connection to the consumer
-and, before the answer has begun, to the producer, on which these abort the request. A producer's failure is no failure of
-the request: the consumer computes what it does not find. A consumer's is one only when a part of the answer was passed
-on, or when no other consumer is left.
+and, before the answer has begun, to the producer, on which these abort the request. A producer's failure is no failure
+of the request: the consumer computes what it does not find. A consumer's is one only when a part of the answer was
+passed on, or when no other consumer is left.
 """
 
 import asyncio
