@@ -25,6 +25,7 @@ ALLOWED = {
     "cachetier.remote": ("cachetier.core",),
     "cachetier.service": ("cachetier.core", "cachetier.store"),
     "cachetier.client": ("cachetier.core",),
+    "cachetier.route": ("cachetier.core", "cachetier.client"),
     "cachetier.cli": (
         "cachetier.core",
         "cachetier.storage",
@@ -32,6 +33,7 @@ ALLOWED = {
         "cachetier.remote",
         "cachetier.service",
         "cachetier.client",
+        "cachetier.route",
         "cachetier_blend",
     ),
     "cachetier_blend": ("cachetier.core",),
@@ -40,7 +42,7 @@ ALLOWED = {
 
 # Heavy dependencies, and the only places that import them.
 OWNERS = {
-    "aiohttp": ("cachetier.service", "cachetier.cli"),
+    "aiohttp": ("cachetier.service", "cachetier.route", "cachetier.cli"),
     "vllm": ("cachetier_connector", "cachetier_blend.blend_pass"),
     "kvikio": ("cachetier_connector",),
     "mooncake": ("cachetier.remote.mooncake_process",),

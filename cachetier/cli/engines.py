@@ -12,7 +12,7 @@ from cachetier.client.client import Client
 from cachetier.core.engine_messages import EngineInfo, ListEngines
 
 TIMEOUT_S = 10.0
-COLUMNS = ("ENGINE", "ROLE", "MODEL", "WEIGHTS AND LAYOUT", "TP", "PP", "BLOCK", "PID", "SILENT")
+COLUMNS = ("ENGINE", "ROLE", "MODEL", "WEIGHTS AND LAYOUT", "TP", "PP", "BLOCK", "PID", "SILENT", "URL")
 NUM_TEXT_COLUMNS = 4
 
 
@@ -59,4 +59,5 @@ def _row(engine: EngineInfo) -> tuple[str, ...]:
         engine.namespace.hex()[:12],
         *map(str, numbers),
         f"{engine.silent_s:.1f} s",
+        engine.url or "-",
     )

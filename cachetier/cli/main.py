@@ -14,7 +14,7 @@ from cachetier import __version__
 from cachetier.client.private_server import EXIT_IN_USE
 from cachetier.core.errors import CachetierError, ConfigError, InUseError, ProtocolError, StorageError
 
-COMMANDS = ("serve", "warm", "documents", "explain", "engines", "role", "stats", "verify", "doctor")
+COMMANDS = ("serve", "route", "warm", "documents", "explain", "engines", "role", "stats", "verify", "doctor")
 
 EXIT_NO = 1
 EXIT_USAGE = 2

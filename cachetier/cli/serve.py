@@ -12,6 +12,7 @@ import os
 import sys
 from typing import Any
 
+from cachetier.core.bearer import read_token
 from cachetier.core.config import ServerConfig, from_mapping, read_toml
 from cachetier.core.units import format_bytes
 
@@ -40,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError, StorageError: a setting, the data directory or a socket cannot be used.
     """
-    from cachetier.service.server import read_token
     from cachetier.service.server import run as run_server
     from cachetier.store.store import Store
 

@@ -118,6 +118,7 @@ class ConnectorConfig:
     disk_bytes: int = setting(16 * GIB, "private server: size limit of the disk tier", size=True)
     chunk_tokens: int = setting(64, "private server: tokens a chunk")
     name: str = setting("", "how the engine is called in `cachetier engines` (default: host and process id)")
+    url: str = setting("", "http://HOST:PORT of the engine's OpenAI server, for `cachetier route` to find it by")
     match_deadline_ms: float = setting(
         200.0,
         "how long the server may take for each answer that a request's match needs; the request waits twenty times as "
@@ -170,6 +171,8 @@ class ConnectorConfig:
                 f"server is {self.server!r}; it must be unix:PATH (payloads travel through shared memory, so the "
                 "server runs on the engine's node)"
             )
+        if self.url and not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"url is {self.url!r}; write http://HOST:PORT")
         for name in ("match_deadline_ms", "load_deadline_ms", "wait_deadline_ms", "store_deadline_ms"):
             if not 1 <= getattr(self, name) <= 60_000:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be between 1 and 60000")

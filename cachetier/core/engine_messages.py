@@ -5,6 +5,7 @@ from cachetier.core.message_base import Message
 PRODUCER, CONSUMER, BOTH = "producer", "consumer", "both"
 ROLES = (PRODUCER, CONSUMER, BOTH)
 ENGINE_NAME_MAX = 128  # characters
+ENGINE_URL_MAX = 2048  # characters
 ENGINES_MAX = 4096
 
 
@@ -17,6 +18,7 @@ class AnnounceEngine(Message, frozen=True):
         namespace: of its model without an adapter, registered before.
         tensor_parallel, pipeline_parallel: ranks and stages.
         block_tokens: tokens a block.
+        url: where its OpenAI server can be reached, for routers; empty: nobody said.
     """
 
     session: int
@@ -26,6 +28,7 @@ class AnnounceEngine(Message, frozen=True):
     tensor_parallel: int
     pipeline_parallel: int
     block_tokens: int
+    url: str = ""
 
 
 class AnnounceEngineReply(Message, frozen=True):
@@ -46,7 +49,7 @@ class EngineInfo(Message, frozen=True):
         role: the one it has.
         model: name of its model.
         namespace: whose KV it stores and loads.
-        tensor_parallel, pipeline_parallel, block_tokens: see `AnnounceEngine`.
+        tensor_parallel, pipeline_parallel, block_tokens, url: see `AnnounceEngine`.
         pid: process id of its scheduler half.
         silent_s: seconds since it last said that it is there.
     """
@@ -60,6 +63,7 @@ class EngineInfo(Message, frozen=True):
     block_tokens: int
     pid: int
     silent_s: float
+    url: str = ""
 
 
 class ListEnginesReply(Message, frozen=True):

@@ -6,7 +6,6 @@ Requests are never logged with their bodies, which hold prompts and salts.
 """
 
 import asyncio
-import hmac
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from cachetier.core.bearer import carries_token
 from cachetier.core.codec import PATH_OF, decode, encode
 from cachetier.core.document_messages import (
     ListDocuments,
@@ -187,12 +187,9 @@ async def _read_body(request: web.Request) -> bytes:
 
 
 def _authorized(token: str) -> Any:
-    expected = f"Bearer {token}".encode()
-
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        if not hmac.compare_digest(given, expected):
+        if not carries_token(request.headers.get("Authorization", ""), token):
             return _error(401, "this port needs the header 'Authorization: Bearer TOKEN' with the server's token")
         return await handler(request)
 

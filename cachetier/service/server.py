@@ -12,7 +12,6 @@ import signal
 import socket
 import stat
 from collections.abc import Callable
-from pathlib import Path
 
 from aiohttp import web
 
@@ -25,7 +24,6 @@ TICK_S = 1.0
 FLUSH_TIMEOUT_S = 6.0
 CLOSE_TIMEOUT_S = 8.0
 IDLE_CONNECTION_S = 3600.0
-TOKEN_CHARACTERS_MIN = 16
 BACKLOG = 512
 
 log = logging.getLogger(__name__)
@@ -66,24 +64,6 @@ async def run(
             await runner.cleanup()
         is_closed = await _close(store)
     return is_closed
-
-
-def read_token(path: str) -> str:
-    """Return the bearer token in the file at `path`.
-
-    Raises:
-        ConfigError: the file cannot be read or the token is too short to be one.
-    """
-    try:
-        token = Path(path).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"token_file {path}: {error}") from error
-    if len(token) < TOKEN_CHARACTERS_MIN or not token.isprintable() or not token.isascii():
-        raise ConfigError(
-            f"token_file {path} must hold at least {TOKEN_CHARACTERS_MIN} printable ASCII characters; make one with "
-            "`openssl rand -hex 32`"
-        )
-    return token
 
 
 async def _tick_until_stopped(service: Service, parent_pid: int) -> None:

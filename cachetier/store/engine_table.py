@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cachetier.core.engine_messages import (
     ENGINE_NAME_MAX,
+    ENGINE_URL_MAX,
     ENGINES_MAX,
     PRODUCER,
     ROLES,
@@ -37,11 +38,13 @@ class EngineTable:
         """Note that an engine is there; return the role that it is to have.
 
         Raises:
-            ProtocolError: name or role are impossible (400), another engine has the name or there are too many (409).
+            ProtocolError: what it says is impossible (400), another engine has the name or there are too many (409).
         """
         _check(message.name, message.role)
         if min(message.tensor_parallel, message.pipeline_parallel, message.block_tokens) < 1:
             raise ProtocolError("an engine has at least a rank, a stage and a token a block")
+        if len(message.url) > ENGINE_URL_MAX:
+            raise ProtocolError(f"an engine's url has {ENGINE_URL_MAX} characters at most")
         known = self._engines.get(message.name)
         if known is not None and known.said.session != message.session:
             raise ProtocolError(f"another engine is called {message.name!r}; set another name", status=409)
@@ -81,6 +84,7 @@ class EngineTable:
                 block_tokens=each.said.block_tokens,
                 pid=each.pid,
                 silent_s=max(0.0, now - each.seen_at),
+                url=each.said.url,
             )
             for name, each in sorted(self._engines.items())
         ]

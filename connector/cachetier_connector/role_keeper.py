@@ -65,6 +65,7 @@ class RoleKeeper:
                 tensor_parallel=facts.tensor_parallel,
                 pipeline_parallel=facts.pipeline_parallel,
                 block_tokens=facts.block_tokens,
+                url=facts.config.url,
             ),
             CALL_TIMEOUT_S,
         )

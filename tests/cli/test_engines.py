@@ -20,6 +20,7 @@ def announce(engine: TinyEngine, name: str, role: str = "both") -> str:
         tensor_parallel=2,
         pipeline_parallel=1,
         block_tokens=16,
+        url="http://here:8000",
     )
     return engine.client.call(message, TIMEOUT_S).role
 
@@ -48,6 +49,7 @@ def test_engines_are_listed_until_they_end(
     heading, row = capsys.readouterr().out.splitlines()
     assert heading.split()[:3] == ["ENGINE", "ROLE", "MODEL"]
     assert row.split()[:2] == ["prefill-1", "producer"]
+    assert row.endswith(" http://here:8000")
     assert main([*arguments, "--json"]) == 0
     [listed] = json.loads(capsys.readouterr().out)
     assert (listed["name"], listed["role"], listed["tensor_parallel"]) == ("prefill-1", "producer", 2)

@@ -15,11 +15,23 @@ def keeper_of(server, name, monkeypatch, **changes):
     """Return a keeper for which something is always due, and its link."""
     monkeypatch.setattr(role_keeper, "INTERVAL_S", 0.0)
     link = connect(server)
-    return RoleKeeper(link, dataclasses.replace(facts_of(), name=name, **changes), identity(name)), link
+    return RoleKeeper(link, dataclasses.replace(facts_of(), **({"name": name} | changes)), identity(name)), link
+
+
+def listing_of(server):
+    return Client(server.socket_path).call(ListEngines(), TIMEOUT_S).engines
 
 
 def engines_of(server):
-    return [(engine.name, engine.role) for engine in Client(server.socket_path).call(ListEngines(), TIMEOUT_S).engines]
+    return [(engine.name, engine.role) for engine in listing_of(server)]
+
+
+def test_where_the_engine_can_be_reached_is_listed(server, monkeypatch):
+    config = facts_of(settings={"url": "http://here:8000"}).config
+    keeper, link = keeper_of(server, "e", monkeypatch, config=config)
+    keeper.tend()
+    assert [engine.url for engine in listing_of(server)] == ["http://here:8000"]
+    link.close()
 
 
 def test_a_role_that_was_given_is_kept_when_the_server_is_replaced(tmp_path, monkeypatch):

@@ -119,6 +119,7 @@ class TestRefusals:
         [
             ({"server": "/run/x.sock"}, "must be unix:PATH"),
             ({"server": "http://host:1"}, "must be unix:PATH"),
+            ({"url": "10.0.0.1:8000"}, "write http://HOST:PORT"),
             ({"match_deadline_ms": 0}, "between 1 and 60000"),
             ({"load_deadline_ms": 60_001}, "between 1 and 60000"),
             ({"staging_bytes": "1KiB"}, "at least 1.0 MiB"),

@@ -1,86 +1,18 @@
 """`cachetier warm` and `explain` against a real vLLM OpenAI server: what was sent is hit afterwards, by whoever may."""
 
-import http.client
 import json
-import os
 import random
-import signal
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import MODEL, PATIENT, ROOT, Server, running
+from tests.e2e.harness import ROOT, Server, running
+from tests.e2e.openai_servers import OpenAIServer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 CHUNK = 64
-
-
-class OpenAIServer:
-    """vLLM's own server, with the connector found through the plugin's entry point."""
-
-    def __init__(self, folder: Path, server: Server) -> None:
-        connector = {
-            "kv_connector": "CachetierConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"server": f"unix:{server.socket}", **PATIENT, "blend": "request"},
-        }
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL), "--enforce-eager"),
-            *("--served-model-name", "small", "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--kv-transfer-config", json.dumps(connector), "--no-enable-prefix-caching"),
-        ]
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        self.log = folder / "vllm.log"
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=environment, start_new_session=True, cwd=ROOT
-            )
-        deadline = time.monotonic() + 240
-        while not self._is_healthy():
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.5)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def complete(self, **body) -> dict:
-        """Complete one token greedily."""
-        return self._post("/v1/completions", {"max_tokens": 1, "temperature": 0} | body)
-
-    def tokens(self, text: str, *, is_first: bool = False) -> list[int]:
-        """Return the tokens of a part of a prompt."""
-        return self._post("/tokenize", {"prompt": text, "add_special_tokens": is_first})["tokens"]
-
-    def _post(self, path: str, body: dict) -> dict:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", path, json.dumps({"model": "small"} | body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        text = response.read()
-        connection.close()
-        assert response.status == 200, text
-        return json.loads(text)
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def _is_healthy(self) -> bool:
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except OSError:
-            return False
 
 
 def cachetier(*arguments: object) -> str:
@@ -104,8 +36,9 @@ def both(tmp_path_factory):
     """An engine and its server."""
     folder = tmp_path_factory.mktemp("warm")
     server = Server(folder)
-    engine = OpenAIServer(folder, server)
+    engine = OpenAIServer(folder, server, blend="request")
     with running(server, engine):
+        engine.wait_until_healthy()
         engine.complete(prompt=list(range(40, 60)))
         yield engine, server
 

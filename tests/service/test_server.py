@@ -15,8 +15,6 @@ import msgspec
 import pytest
 
 from cachetier.client.private_server import EXIT_IN_USE
-from cachetier.core.errors import ConfigError
-from cachetier.service.server import read_token
 from tests.service.running import (
     SMALL,
     TIMEOUT_S,
@@ -124,15 +122,6 @@ def test_data_directory_that_others_can_read_is_refused(tmp_path: Path) -> None:
 
 def test_tcp_without_token_file_is_refused(tmp_path: Path) -> None:
     assert_one_line(refuse(tmp_path / "data", "--tcp", "127.0.0.1:0"), 2, "token_file")
-
-
-@pytest.mark.parametrize("content", [None, "", "short", "line\nbreak-line-break", "\xfc" * 20])
-def test_unusable_token_file_is_refused(tmp_path: Path, content: str | None) -> None:
-    path = tmp_path / "token"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(ConfigError, match=str(path)):
-        read_token(str(path))
 
 
 def test_tcp_needs_the_token_for_everything(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cachetier.core.engine_messages import ENGINE_NAME_MAX, AnnounceEngine, SetRole
+from cachetier.core.engine_messages import ENGINE_NAME_MAX, ENGINE_URL_MAX, AnnounceEngine, SetRole
 from cachetier.core.errors import ProtocolError
 from cachetier.core.keys import NamespaceId
 from cachetier.store.engine_table import EngineTable
@@ -22,9 +22,10 @@ def model_of(namespace: NamespaceId) -> str:
 def test_engines_are_listed_by_name_with_what_they_said():
     table = EngineTable()
     table.announce(announced(1, "b"), pid=7, now=10.0)
-    table.announce(announced(2, "a", "producer"), pid=8, now=11.0)
+    table.announce(announced(2, "a", "producer", url="http://here:8000"), pid=8, now=11.0)
     first, second = table.infos(model_of, now=12.5)
     assert (first.name, first.role, first.pid, first.silent_s) == ("a", "producer", 8, 1.5)
+    assert (first.url, second.url) == ("http://here:8000", "")
     assert (second.name, second.model, second.namespace) == ("b", "model of n", NAMESPACE)
     assert (second.tensor_parallel, second.pipeline_parallel, second.block_tokens) == (2, 1, 16)
 
@@ -60,6 +61,7 @@ def test_a_name_is_one_engines_until_its_session_ends():
         announced(1, role="reader"),
         announced(1, tensor_parallel=0),
         announced(1, block_tokens=0),
+        announced(1, url="http://" + "x" * ENGINE_URL_MAX),
     ],
 )
 def test_what_cannot_be_is_refused(message):
