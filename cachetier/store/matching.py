@@ -142,6 +142,7 @@ class Matcher:
 
         Unless it `may_fill` frames of a pool still, what it ordered there is given up.
         """
+        self._books.waits.end(lease.id)
         if lease.pool_use is not None:
             self._books.gpu.end_use(lease.pool_use, self._books.clock(), may_fill=may_fill)
         self._unpin(lease.chunks)
