@@ -121,11 +121,11 @@ class SchedulerHalf:
             tracked.ticket = self._matcher.match(tracked)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Return how many tokens beyond `num_computed_tokens` can be loaded, None: ask again later."""
+        """Return how many tokens beyond `num_computed_tokens` can be loaded; None: what to load or store is unknown."""
         tracked = self._requests.get(request.request_id)
-        if tracked is None or not tracked.may_load:
+        if tracked is None or not (tracked.may_load or tracked.may_store):
             return 0, False
-        if tracked.ticket is None or tracked.ticket.is_released:
+        if tracked.ticket is None or (tracked.ticket.is_released and tracked.may_load):
             tracked.ticket = self._matcher.match(tracked)
         ticket = tracked.ticket
         if not ticket.done.is_set() and not self._waited_for(ticket):
@@ -134,7 +134,7 @@ class SchedulerHalf:
             self._matcher.give_up(ticket)
             tracked.may_load = False
             return 0, False
-        if ticket.reply is None:
+        if ticket.reply is None or not tracked.may_load:
             return 0, False
         tracked.matched_from, end = num_computed_tokens, 0
         if ticket.reply.lease:

@@ -314,6 +314,19 @@ def test_the_role_bounds_what_requests_do(tier, request, role, loads, stores, is
     scheduling.half.stop()
 
 
+def test_who_only_stores_waits_for_its_match_too_or_a_short_prefill_would_end_before_it(tier, request):
+    scheduling = Scheduling(tier, request.node.name, role="producer")
+    half, asked, ready = scheduling.half, FakeRequest("r", tokens_of(70, 2 * CHUNK)), threading.Event()
+    half.build_plan(step_of({"other": ([9], 0, 1)}))
+    half._matcher._submit(ready.wait)  # the match stands behind it
+    half.on_new_request(asked)
+    assert half.get_num_new_matched_tokens(asked, 0) == (None, False)
+    ready.set()
+    assert scheduling.ask(asked) == 0
+    assert stored(half.build_plan(step_of({"r": ([1, 2, 3, 4], 0, 2 * CHUNK)}))) == [(0, 2, [1, 2, 3, 4])]
+    half.stop()
+
+
 def test_inputs_count_from_the_first_chunk_of_an_op(scheduling):
     from types import SimpleNamespace
 
