@@ -104,7 +104,8 @@ def run(lab: Lab, length: int, batched_tokens: int) -> None:
         ]
     for engine, port in zip(engines, free_ports(len(engines)), strict=True):
         engine.environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
-        engine.environment["CUDA_VISIBLE_DEVICES"] = "1" if engine.name.endswith("consumer") else "0"
+        place = "1" if engine.name.endswith("consumer") else "0"
+        engine.environment |= {"CUDA_VISIBLE_DEVICES": place, "VLLM_CPU_OMP_THREADS_BIND": place}
     try:
         began_s = time.monotonic()
         with ThreadPoolExecutor(1 if setting.is_rehearsal else len(engines)) as pool:
